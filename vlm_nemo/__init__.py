@@ -1,0 +1,11 @@
+"""vlm_nemo: train your own vision-language model on megatron-core, from a laptop's CPU to a cluster."""
+
+import warnings
+
+# megatron-core warns once per absent optional kernel (TransformerEngine, apex). Absence is a choice here, not news;
+# the filters must stand before its first import.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.jit")
+
+__version__ = "0.1.0"

@@ -1,0 +1,143 @@
+"""Core attention for megatron-core's layers: full attention in the vision tower, causal per sample in packed rows.
+
+Replaces megatron's DotProductAttention, which refuses packed rows, and its TransformerEngine twin, which needs CUDA.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlm_nemo.model.segments import Segments
+
+
+class CoreAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v, for this tensor rank's heads.
+
+    q: [T, B, heads, d], k and v: [T, B, kv_heads, d] -> [T, B, heads * d].
+    With `packed_seq_params` (B must be 1) a token sees the earlier tokens of its own sample only.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__()
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> Tensor:
+        assert attention_mask is None and attention_bias is None, "masks come from the segments"
+        if packed_seq_params is None:
+            return dense_attention(query, key, value, self.causal, self.scale)
+        assert self.causal and query.shape[1] == 1, "packed rows are causal, one row at a time"
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            out = varlen_attention(q, k, v, packed_seq_params, self.scale)
+        else:
+            out = segment_attention(q, k, v, packed_seq_params, self.scale)
+        return out.flatten(1).unsqueeze(1)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """Unpacked attention: [T, B, heads, d] -> [T, B, heads * d]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, *_repeat_kv(q, k, v)))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Causal attention inside every segment, through the rectangles. [T, heads, d] -> [T, heads, d]."""
+    assert segments.cell_of_token is not None
+    k, v = _repeat_kv(q, k, v)
+    heads, d = q.shape[1:]
+    joined = torch.cat((q, k, v), dim=1).flatten(1)
+    cells = torch.cat([r.flatten() for r in segments.rectangles])
+    spread = _Spread.apply(joined, cells, segments.cell_of_token)
+    outputs, start = [], 0
+    for rectangle in segments.rectangles:
+        rows, length = rectangle.shape
+        block = spread[start : start + rows * length].view(rows, length, 3, heads, d)
+        start += rows * length
+        qr, kr, vr = (block[:, :, i].transpose(1, 2) for i in range(3))
+        out = F.scaled_dot_product_attention(qr, kr, vr, is_causal=True, scale=scale)
+        outputs.append(out.transpose(1, 2).reshape(rows * length, heads * d))
+    gathered = _Gather.apply(torch.cat(outputs), cells, segments.cell_of_token)
+    return gathered.view(-1, heads, d)
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens -> cells. Every token has exactly one cell, so the gradient is a plain gather, not a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cells: Tensor, cell_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(cell_of_token)
+        return torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, cells)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (cell_of_token,) = ctx.saved_tensors
+        return grad.index_select(0, cell_of_token), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Cells -> tokens, the inverse of _Spread; cells without a token get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cells: Tensor, cell_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(cells)
+        return x.index_select(0, cell_of_token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (cells,) = ctx.saved_tensors
+        return torch.cat((grad, grad.new_zeros(1, grad.shape[1]))).index_select(0, cells), None, None
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """The same through torch's variable-length kernel (CUDA, half precision). [T, heads, d] -> [T, heads, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {}
+    # torch 2.13 spells causal as a window; 2.10 and 2.11 as a flag.
+    options.update({"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True})
+    if scale is not None:
+        options["scale"] = scale
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = _repeat_kv(q, k, v)
+    cu, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options)
+
+
+def _repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention: each key/value head serves heads / kv_heads query heads (axis -2)."""
+    groups = q.shape[-2] // k.shape[-2]
+    if groups == 1:
+        return k, v
+    return k.repeat_interleave(groups, dim=-2), v.repeat_interleave(groups, dim=-2)

@@ -1,0 +1,86 @@
+"""Where each local parameter lies in the whole model: the one description that init, checkpoints and conversion share.
+
+A parameter on a rank is one box of a global tensor, or several stacked along its first axis: under tensor
+parallelism a SwiGLU's fc1 holds [its rows of gate; its rows of up], two boxes of one global [2F, D] tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A rectangular piece of the global tensor `key`."""
+
+    key: str
+    """The parameter's name in the whole model, layers numbered globally: no trace of any layout."""
+    global_shape: Shape
+    offset: Shape
+    shape: Shape
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalParameter:
+    """A parameter of this process and the boxes it holds, stacked along axis 0."""
+
+    name: str
+    parameter: nn.Parameter
+    boxes: tuple[Box, ...]
+    owner: bool
+    """Whether this process, of all that hold the same boxes, writes them to a checkpoint."""
+    model_owner: bool
+    """The same among the processes that see the same data: of all data ranks, several are."""
+
+    def pieces(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """Each box with its view of a tensor shaped like the parameter."""
+        row = 0
+        for box in self.boxes:
+            rows = box.shape[0] if box.shape else 1
+            yield box, local[row : row + rows] if box.shape else local
+            row += rows
+
+
+def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
+    """Every parameter of this process's model chunks (unwrapped VLMs), in their order."""
+    found: list[LocalParameter] = []
+    for chunk in chunks:
+        sharded = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        by_address = {}
+        for entry in sharded.values():
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
+                by_address[entry.data.data_ptr()] = entry
+        for name, parameter in chunk.named_parameters():
+            entry = by_address.get(parameter.data_ptr())
+            assert entry is not None, f"{name} is in no sharded state dict"
+            parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+            boxes = tuple(
+                Box(
+                    key=p.key,
+                    global_shape=tuple(p.global_shape),
+                    offset=tuple(p.global_offset),
+                    shape=tuple(p.local_shape),
+                )
+                for p in parts
+            )
+            # megatron numbers the holders of equal data: (pipeline, tensor, data) copies; zeros are the first.
+            *model_copy, data_copy = entry.replica_id
+            model_owner = not any(model_copy)
+            owner = model_owner and data_copy == 0
+            found.append(LocalParameter(name=name, parameter=parameter, boxes=boxes, owner=owner, model_owner=model_owner))
+    return found

@@ -1,0 +1,31 @@
+"""Layer norms for megatron-core's layers, on any device, aware of sequence parallelism."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, as `config.normalization` says. x: [..., D] -> [..., D].
+
+    Under sequence parallelism every tensor rank sees other tokens, so the gradients of weight and bias are partial;
+    megatron sums them over the tensor group for parameters that carry `sequence_parallel = True`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.rms = config.normalization == "RMSNorm"
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        if not self.rms:
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rms:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -1,0 +1,82 @@
+"""Where the samples of a packed row lie, in the form that attention needs. Pure: plain tensors, no model.
+
+On CUDA in half precision the row goes to a variable-length kernel as it is. Everywhere else the samples are laid out
+as a few rectangles, one sample a row, so that ordinary causal attention runs on each and no mask over T x T is made:
+
+    cu = [0, 2, 5, 9]     lengths 2, 3, 4
+    rectangle 0 (<= 4)    rows [0 1 . .] [2 3 4 .] [5 6 7 8]      '.' is the sentinel T, a row of zeros
+
+Lengths within a factor of two share a rectangle, so at most half of it is sentinel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """megatron's packed parameters, with the rectangles beside them. T tokens, all tensors on the model's device."""
+
+    rectangles: list[Tensor] = field(default_factory=list)
+    """each [rows, length] int64: token of every cell, T where there is none"""
+    cell_of_token: Tensor | None = None
+    """[T] int64: where each token lies in the flattened, concatenated rectangles"""
+
+    def to(self, device: torch.device) -> Segments:
+        move = dict(device=device, non_blocking=True)
+        assert self.cell_of_token is not None
+        return segments_from(
+            self.cu_seqlens_q.to(**move),
+            self.max_seqlen_q,
+            [r.to(**move) for r in self.rectangles],
+            self.cell_of_token.to(**move),
+        )
+
+
+def segments_from(cu: Tensor, longest: int, rectangles: list[Tensor], cell_of_token: Tensor) -> Segments:
+    # "sbhd": megatron must keep the row as [T, 1, ...] and apply the rotary table row by row; its own "thd" path
+    # reads cu_seqlens back to the host in every layer.
+    return Segments(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu,
+        cu_seqlens_kv=cu,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        rectangles=rectangles,
+        cell_of_token=cell_of_token,
+    )
+
+
+def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
+    """Lay out a packed row.
+
+    cu_seqlens: [S+1] int32 from 0 to T; used_tokens: where the padding starts. The padding is cut into pieces no
+    longer than the longest sample, so that a nearly empty row costs no more attention than a full one.
+    """
+    cu = [int(c) for c in cu_seqlens.tolist()]
+    total = cu[-1]
+    bounds = [c for c in cu if c <= used_tokens]
+    longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=min(total, 128))
+    while bounds[-1] < total:
+        bounds.append(min(bounds[-1] + longest, total))
+
+    lengths = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
+    starts = torch.tensor(bounds[:-1])
+    bucket = torch.ceil(torch.log2(lengths.float())).long()
+    rectangles, cell_of_token, offset = [], torch.empty(total, dtype=torch.int64), 0
+    for b in bucket.unique().tolist():
+        rows = (bucket == b).nonzero().flatten()
+        length = int(lengths[rows].max())
+        column = torch.arange(length)
+        cells = starts[rows, None] + column
+        inside = column < lengths[rows, None]
+        rectangles.append(torch.where(inside, cells, total))
+        cell_of_token[cells[inside]] = offset + torch.arange(cells.numel()).reshape(cells.shape)[inside]
+        offset += cells.numel()
+    cu_out = torch.tensor(bounds, dtype=torch.int32)
+    return segments_from(cu_out, longest, rectangles, cell_of_token)

@@ -1,0 +1,106 @@
+"""megatron-core's transformer configured for our parts: one config builder and one layer spec, used by all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core.activations import quick_gelu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn import functional as F
+
+from vlm_nemo.model.attention import CoreAttention
+from vlm_nemo.model.norm import Norm
+from vlm_nemo.runtime import device
+from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.types import UserError
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
+
+
+def transformer_config(
+    parallel: ParallelConfig, dtype: torch.dtype, *, pipelined: bool, extra: Mapping[str, Any] | None = None, **sizes: Any
+) -> TransformerConfig:
+    """megatron's config with our decisions filled in.
+
+    pipelined: split over pipeline stages (the language model); the vision tower and projector live whole on the
+    first stage and keep their sequence unsplit. extra: a user's further fields (`model.megatron`), checked by name.
+
+    Raises UserError for an extra field that megatron-core does not have or that another key decides.
+    """
+    decided: dict[str, Any] = dict(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline if pipelined else 1,
+        virtual_pipeline_model_parallel_size=parallel.virtual if pipelined and parallel.virtual > 1 else None,
+        sequence_parallel=parallel.sequence and pipelined,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        # Weights are set by init.py as a function of (seed, name), so that every layout starts from the same ones.
+        perform_initialization=False,
+        use_cpu_initialization=not device.on_cuda(),
+        # The mean over micro-batches of their mean losses weighs tokens unequally; only the token sum is invariant.
+        calculate_per_token_loss=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # These fusions need apex or TransformerEngine, or gain nothing on CPU.
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        # Batched p2p with interleaved stages is silently wrong at pipeline = 2.
+        overlap_p2p_comm=pipelined and parallel.virtual > 1,
+        batch_p2p_comm=not (pipelined and parallel.virtual > 1),
+        # The interleaved schedule frees an output while its send is in flight. NCCL's stream keeps the memory; gloo
+        # would send what was written there next.
+        deallocate_pipeline_outputs=pipelined and (parallel.virtual == 1 or device.on_cuda()),
+        **sizes,
+    )
+    if pipelined and parallel.recompute == "full":
+        decided.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    known = {f.name for f in fields(TransformerConfig)}
+    for name in extra or {}:
+        if name not in known:
+            raise UserError(f"model.megatron.{name} is not a field of megatron-core's TransformerConfig")
+        if name in decided:
+            raise UserError(f"model.megatron.{name} is decided by another key of the recipe; set that one instead")
+    return TransformerConfig(**decided, **(extra or {}))
+
+
+def block_spec(num_layers: int, mask: AttnMaskType) -> TransformerBlockSubmodules:
+    """Pre-norm layers: norm, attention, residual, norm, MLP, residual. num_layers is this stage's own number."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_spec()),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+
+
+def mlp_spec() -> MLPSubmodules:
+    """Column-parallel then row-parallel: one all-reduce over the tensor group."""
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

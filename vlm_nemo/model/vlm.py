@@ -1,0 +1,96 @@
+"""The vision-language model: vision -> projector -> merge -> language. Read `VLM.forward` first."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.language import language_config, language_model
+from vlm_nemo.model.projector import Projector
+from vlm_nemo.model.vision import VisionTower
+from vlm_nemo.runtime.config import ParallelConfig
+
+PARTS = ("vision", "projector", "language")
+"""The parts that can be frozen, and the first word of every parameter's name."""
+
+
+class VLM(MegatronModule):
+    """One pipeline stage (or virtual chunk) of the model. Vision, projector and embedding live on the first."""
+
+    def __init__(
+        self, cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, vp_stage: int | None = None
+    ) -> None:
+        config = language_config(cfg.language, parallel, dtype, cfg.megatron)
+        super().__init__(config=config)
+        ignore_virtual = vp_stage is None
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = cfg.language.tied_embeddings
+        if self.pre_process:
+            self.vision = VisionTower(cfg.vision, parallel, dtype)
+            self.projector = Projector(
+                cfg.projector, cfg.vision.hidden_size, cfg.language.hidden_size, parallel, dtype
+            )
+        self.language = language_model(
+            cfg.language, config, first=self.pre_process, last=self.post_process, vp_stage=vp_stage
+        )
+
+    def forward(self, batch: ModelBatch, *, gather_logits: bool = False, image_embeds: Tensor | None = None) -> Tensor:
+        """Last stage: the loss of every token [1, T], or the logits [1, T, V] with gather_logits. Earlier stages:
+        hidden states [T, 1, D] (split over the tensor group under sequence parallelism).
+
+        image_embeds: [N, P, D], the result of `embed_images` for this batch, where it is known already.
+        """
+        x = None
+        if self.pre_process:
+            x = self.language.embedding(input_ids=batch.tokens, position_ids=batch.positions)
+            x = place_images(x, self.embed_images(batch.images) if image_embeds is None else image_embeds, batch.image_slots)
+            if self.config.sequence_parallel:
+                x = scatter_to_sequence_parallel_region(x)
+        return self.language(
+            input_ids=batch.tokens,
+            position_ids=batch.positions,
+            attention_mask=None,
+            decoder_input=x,
+            labels=None if gather_logits else batch.labels,
+            packed_seq_params=batch.segments,
+            runtime_gather_output=gather_logits or None,
+        )
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] uint8 -> [N, P, D]. A frozen tower saves no activations."""
+        frozen = not any(p.requires_grad for p in self.vision.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            features = self.vision(images)
+        return self.projector(features)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Called by megatron's schedules with the previous stage's hidden states."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Called by megatron to sum the gradients of tied embeddings over the first and last stage."""
+        return self.language.shared_embedding_or_output_weight()
+
+
+def place_images(embeds: Tensor, images: Tensor, slots: Tensor) -> Tensor:
+    """Put image embeddings where their placeholders are.
+
+    embeds: [T, 1, D]; images: [N, P, D], in order of appearance; slots: [N * P] rows of embeds, or empty, when the
+    images are a blank stand-in: it then takes part with weight zero, so that its layers still receive (zero)
+    gradients and every rank runs the same collectives. Counts are checked in `model_batch`.
+    """
+    flat = images.flatten(0, 1).unsqueeze(1).to(embeds.dtype)
+    if slots.numel() == 0:
+        return embeds + flat.sum() * 0.0
+    return embeds.index_copy(0, slots, flat)

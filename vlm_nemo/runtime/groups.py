@@ -1,0 +1,132 @@
+"""The one place that names ranks and process groups: start them, ask where this process stands, end them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from vlm_nemo.runtime import device
+from vlm_nemo.runtime.config import ParallelConfig
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where this process stands. Sizes multiply to the world size (context parallel size is 1)."""
+
+    world: int
+    rank: int
+    tensor: int
+    tensor_rank: int
+    pipeline: int
+    pipeline_rank: int
+    virtual: int
+    data: int
+    data_rank: int
+
+    @property
+    def first_stage(self) -> bool:
+        """Holds the first pipeline stage (vision, projector, embedding)."""
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Holds the last pipeline stage (head, loss)."""
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def main(self) -> bool:
+        """The one process that prints and writes what there is once."""
+        return self.rank == 0
+
+
+def start(parallel: ParallelConfig, seed: int) -> Ranks:
+    """Join the job that the environment describes (torchrun's variables; alone without them) and lay out the groups.
+
+    Must run inside `device.adapter()`.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.on_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.on_cuda() else "gloo"
+        if world == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    return lay_out(parallel, seed)
+
+
+def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
+    """Build megatron's groups over an initialised torch.distributed, replacing an earlier layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,
+    )
+    device.seed_everything(seed)
+    return Ranks(
+        world=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tensor=parallel.tensor,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel.pipeline,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        virtual=parallel.virtual,
+        data=parallel_state.get_data_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def stop() -> None:
+    """Leave the job."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+    """Sum a few numbers over a group (the world by default); one collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device.device())
+    dist.all_reduce(tensor, group=group)
+    return tensor.tolist()
+
+
+def data_group() -> dist.ProcessGroup:
+    """Ranks that hold the same part of the model and see different data."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Ranks that share the layers of one pipeline stage."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def last_stage_rank() -> int:
+    """Global rank of this replica's last pipeline stage, the one that knows the loss."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_last_rank()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """Ranks that hold the successive stages of one replica."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
