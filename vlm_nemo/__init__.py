@@ -7,5 +7,8 @@ import warnings
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.jit")
+# What megatron-core 0.16.1 does under a newer torch than its own.
+warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+_tensor` is deprecated")
+warnings.filterwarnings("ignore", category=UserWarning, message=r"The \.grad attribute of a Tensor that is not a leaf")
 
 __version__ = "0.1.0"

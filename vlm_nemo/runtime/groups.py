@@ -104,6 +104,13 @@ def sum_over(values: list[float], group: dist.ProcessGroup | None = None) -> lis
     return tensor.tolist()
 
 
+def max_over(values: list[float]) -> list[float]:
+    """The largest of each number over the world; one collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device.device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def data_group() -> dist.ProcessGroup:
     """Ranks that hold the same part of the model and see different data."""
     from megatron.core import parallel_state

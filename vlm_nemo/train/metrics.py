@@ -48,7 +48,7 @@ class Logger(Protocol):
 
 
 class MetricsWriter:
-    """Writes what one process tells for the whole job. Use as a context manager."""
+    """Writes what one process tells for the whole job."""
 
     def __init__(self, folder: Path, cfg: LogConfig, *, steps: int, start: int, config: dict[str, Any]) -> None:
         """start: the step that the run continues from; lines after it, of an attempt that got further than its last
@@ -106,10 +106,8 @@ class MetricsWriter:
         """Draw loss.png from all steps so far."""
         plot_loss(self._losses, self._plot)
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Finish the bar, the plot and the loggers."""
         if self._bar is not None:
             self._bar.stop()
         self._file.close()

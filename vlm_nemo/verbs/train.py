@@ -1,0 +1,124 @@
+"""`vlm-nemo train`: put a run together, part by part, and run it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from vlm_nemo.config import Config
+from vlm_nemo.data.ledger import Ledger
+from vlm_nemo.data.loader import Loader
+from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.model.build import build_model
+from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime.groups import Ranks
+from vlm_nemo.train import checkpoint, optim
+from vlm_nemo.train.metrics import MetricsWriter
+from vlm_nemo.train.step import prepare_model
+from vlm_nemo.train.trainer import Trainer
+from vlm_nemo.verbs.common import check_vocabulary, set_up_logging, spec_of
+
+
+def train(cfg: Config) -> None:
+    """Train as the configuration says, going on from the run's newest checkpoint if there is one."""
+    with device.adapter():
+        ranks = groups.start(cfg.parallel, cfg.seed)
+        set_up_logging(ranks.rank)
+        try:
+            _train(cfg, ranks)
+        finally:
+            groups.stop()
+
+
+def _train(cfg: Config, ranks: Ranks) -> None:
+    began = time.perf_counter()
+    run_dir = Path(cfg.run_dir)
+    config_text = yaml.safe_dump(asdict(cfg), sort_keys=False)
+    if ranks.main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config_text)
+    dist.barrier()
+
+    # 1. What there is to start from, checked before anything is built
+    tokenizer = Tokenizer(cfg.data.tokenizer)
+    check_vocabulary(tokenizer, cfg.model)
+    saved = checkpoint.resumable(run_dir / "checkpoints", ranks) if cfg.checkpoint.resume else None
+    start = saved.step if saved else 0
+    origin = checkpoint.find(cfg.checkpoint.load) if cfg.checkpoint.load and not saved else None
+
+    # 2. The model, its weights, its optimizer
+    chunks = build_model(cfg.model, cfg.parallel, cfg.precision, cfg.seed)
+    if saved:
+        checkpoint.load_weights(saved.path, chunks, ranks)
+    elif origin:
+        checkpoint.load_weights(origin, chunks, ranks, skip_parts=cfg.checkpoint.reset)
+    optim.freeze(chunks, optim.part_rates(cfg.optim))
+    model = optim.wrap(chunks, cfg.parallel)
+    optimizer = optim.build_optimizer(cfg.optim, cfg.parallel, cfg.precision, model)
+    prepare_model(model)
+    if saved:
+        checkpoint.load_optimizer(saved.path, chunks, optimizer, saved.step)
+
+    # 3. The data, from where the run stands
+    loader = Loader(
+        cfg.data,
+        spec_of(cfg.model.vision),
+        tokenizer,
+        seed=cfg.seed,
+        max_tokens=cfg.model.language.max_positions,
+        dp_rank=ranks.data_rank,
+        dp_size=ranks.data,
+        state=saved.state["loader"] if saved else None,
+    )
+
+    def write_extras(folder: Path) -> None:
+        (folder / "config.yaml").write_text(config_text)
+        tokenizer.save(folder / "tokenizer")
+
+    # 4. The loop
+    metrics = None
+    if ranks.main:
+        metrics = MetricsWriter(run_dir, cfg.log, steps=cfg.trainer.steps, start=start, config=asdict(cfg))
+        if saved:
+            metrics.say(f"going on from {saved.path} (step {start})")
+    trainer = Trainer(
+        run_dir=run_dir,
+        model_cfg=cfg.model,
+        data_cfg=cfg.data,
+        optim_cfg=cfg.optim,
+        trainer_cfg=cfg.trainer,
+        checkpoint_cfg=cfg.checkpoint,
+        ranks=ranks,
+        image_token=tokenizer.image_id,
+        chunks=chunks,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        ledger=Ledger.from_json(saved.state["ledger"]) if saved else Ledger(),
+        metrics=metrics,
+        write_extras=write_extras,
+        start=start,
+    )
+    try:
+        last = trainer.run()
+    finally:
+        loader.close()
+        if metrics is not None:
+            metrics.close()
+    if ranks.main:
+        _write_times(run_dir, start, last, cfg.trainer.steps, time.perf_counter() - began)
+        print(f"step {last} of {cfg.trainer.steps} done; see {run_dir}/loss.png, {run_dir}/checkpoints/latest")
+
+
+def _write_times(run_dir: Path, start: int, last: int, steps: int, seconds: float) -> None:
+    """run.json: what the run's attempts took together."""
+    path = run_dir / "run.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() and start else {"seconds": 0.0}
+    total = round(before["seconds"] + (seconds if last > start else 0.0), 2)
+    path.write_text(json.dumps({"step": last, "steps": steps, "seconds": total}) + "\n")
