@@ -36,7 +36,7 @@ class Projector(MegatronModule):
         super().__init__(config=config)
         self.layers: MLP | ColumnParallelLinear
         if cfg.num_layers == 2:
-            self.layers = MLP(config, mlp_spec(), input_size=width_in)
+            self.layers = MLP(config, mlp_spec(), input_size=width_in, ffn_hidden_size=width_out)
         else:
             self.layers = ColumnParallelLinear(
                 width_in, width_out, config=config, init_method=config.init_method, gather_output=True
