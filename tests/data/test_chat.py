@@ -1,0 +1,137 @@
+"""Labels against conversations that were labelled by hand, token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlm_nemo.data.bpe import train_tokenizer
+from vlm_nemo.data.chat import TEMPLATES, Template, encode_conversation, encode_prompt
+from vlm_nemo.data.sample import (
+    BAD_JSON,
+    IMAGE_WITHOUT_MARKER,
+    MARKER_WITHOUT_IMAGE,
+    NO_LABEL,
+    Message,
+    SampleError,
+)
+from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.types import IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer that knows no merges: one token a byte, so that expectations can be written down."""
+    folder = tmp_path_factory.mktemp("letters")
+    train_tokenizer([], 260, folder)
+    return Tokenizer(folder)
+
+
+def chat(*contents: str, system: str | None = None) -> list[Message]:
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for i, content in enumerate(contents):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": content})
+    return messages
+
+
+def spell(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """One character a token: ^ bos, $ eos, # image, . ignored, else the byte itself."""
+    names = {tokenizer.bos_id: "^", tokenizer.eos_id: "$", tokenizer.image_id: "#", IGNORE_INDEX: "."}
+    return "".join(names[i] if i in names else tokenizer.decode([i]) for i in ids)
+
+
+SPOKEN = Template(system="S", system_end=" ", user_start="U: ", user_end=" ", assistant_start="A:", assistant_lead=" ")
+
+BY_HAND = [
+    # template, messages, image tokens, tokens, labels
+    (
+        SPOKEN,
+        chat("<image>\nhue?", "red"),
+        [3],
+        "^S U: ###\nhue? A: red$",
+        "................. red$",
+    ),
+    (
+        SPOKEN,
+        chat("hue?<image>", "red", "and<image> this?", "blue", system="T"),
+        [1, 2],
+        "^T U: hue?# A: red$U: and## this? A: blue$",
+        ".............. red$................. blue$",
+    ),
+    (SPOKEN, chat("hi", "yo"), [], "^S U: hi A: yo$", "........... yo$"),
+    (TEMPLATES["plain"], chat("<image>", " a cat "), [2], "^##a cat$", "...a cat$"),
+    (TEMPLATES["short"], chat("<image><image>same?", "no", "why?", "hue"), [1, 2],
+     "^###same?\nno$why?\nhue$", "..........no$.....hue$"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "messages", "images", "tokens", "labels"), BY_HAND)
+def test_labels_by_hand(
+    letters: Tokenizer, template: Template, messages: list[Message], images: list[int], tokens: str, labels: str
+) -> None:
+    found_tokens, found_labels = encode_conversation(messages, letters, template, images)
+    assert spell(letters, found_tokens) == tokens
+    assert spell(letters, found_labels) == labels
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_prompt_is_the_exact_beginning_of_its_conversation(tokenizer: Tokenizer, name: str) -> None:
+    messages = chat("<image>\nWhat colour is it?", "red", "And <image> this?", "dark red 12")
+    tokens, labels = encode_conversation(messages, tokenizer, TEMPLATES[name], [4, 5])
+    for turn, images in ((1, [4]), (3, [4, 5])):
+        prompt = encode_prompt(messages[:turn], tokenizer, TEMPLATES[name], images)
+        assert tokens[: len(prompt)] == prompt
+        assert labels[len(prompt)] != IGNORE_INDEX and labels[len(prompt) - 1] == IGNORE_INDEX
+
+
+def test_every_template_supervises_the_same_words(tokenizer: Tokenizer) -> None:
+    for template in TEMPLATES.values():
+        _, labels = encode_conversation(chat("<image>\nhue?", "dark red"), tokenizer, template, [4])
+        kept = [label for label in labels if label != IGNORE_INDEX]
+        assert kept[-1] == tokenizer.eos_id and tokenizer.decode(kept).strip() == "dark red"
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "reason", "detail"),
+    [
+        (chat("hue?", "red"), [4], IMAGE_WITHOUT_MARKER, "0 <image> in the text, 1 images"),
+        (chat("<image><image>", "red"), [4], MARKER_WITHOUT_IMAGE, "2 <image> in the text, 1 images"),
+        (chat("<image>", "a <image>"), [4], MARKER_WITHOUT_IMAGE, "2 <image> in the text, 1 images"),
+        (chat("hue?", "  "), [], NO_LABEL, "empty"),
+        (chat("hue?", "red", "shape?", ""), [], NO_LABEL, "empty"),
+        (chat("hue?"), [], NO_LABEL, "no assistant turn"),
+        ([{"role": "assistant", "content": "red"}], [], BAD_JSON, "user, assistant"),
+        ([], [], BAD_JSON, "none"),
+    ],
+)
+def test_what_cannot_be_labelled_is_refused(
+    tokenizer: Tokenizer, messages: list[Message], images: list[int], reason: str, detail: str
+) -> None:
+    with pytest.raises(SampleError, match=detail) as caught:
+        encode_conversation(messages, tokenizer, TEMPLATES["vicuna"], images)
+    assert caught.value.reason == reason
+
+
+def test_a_prompt_ends_with_the_user(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SampleError, match="ends with the user"):
+        encode_prompt(chat("hue?", "red"), tokenizer, TEMPLATES["short"], [])
+
+
+def test_special_tokens_in_text_stay_text(letters: Tokenizer) -> None:
+    tokens, labels = encode_conversation(chat("</s><pad> <s>", "a</s>b"), letters, TEMPLATES["short"], [])
+    assert spell(letters, tokens) == "^</s><pad> <s>\na</s>b$"
+    assert tokens.count(letters.eos_id) == 1 and tokens.count(letters.bos_id) == 1
+    assert letters.pad_id not in tokens and letters.image_id not in tokens
+
+
+def test_placeholders_never_carry_a_label(tokenizer: Tokenizer) -> None:
+    messages = chat("<image>x", "one <image> two")
+    tokens, labels = encode_conversation(messages, tokenizer, TEMPLATES["plain"], [3, 5])
+    assert tokens.count(tokenizer.image_id) == 8
+    assert all(label == IGNORE_INDEX for t, label in zip(tokens, labels, strict=True) if t == tokenizer.image_id)
+
+
+def test_folder_of_the_tokenizer_is_not_needed_later(letters: Tokenizer, tmp_path: Path) -> None:
+    letters.save(tmp_path / "copy")
+    assert Tokenizer(tmp_path / "copy").encode("red") == letters.encode("red")

@@ -1,0 +1,115 @@
+"""A run that was killed goes on as if nothing had happened, at its own layout to the bit, at another one closely."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+STEPS = 10
+
+
+def words(shards: Path, run_dir: Path, *more: str) -> list[str]:
+    base = [*runs.TINY, *runs.data_words(shards), f"run_dir={run_dir}", f"trainer.steps={STEPS}", "checkpoint.every=3"]
+    return [*base, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    runs.vlm_nemo("train", *words(shards, run_dir))
+    assert [step for step, _, _ in runs.trace(run_dir)] == list(range(1, STEPS + 1))
+    return run_dir
+
+
+def test_kill_9_and_resume_is_bitwise_equal(whole: Path, shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vlm_nemo", "train", *words(shards, tmp_path)]
+    process = subprocess.Popen(command, cwd=runs.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    path = tmp_path / "metrics.jsonl"
+    while not (path.is_file() and path.read_text().count("\n") >= 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(runs.trace(tmp_path)) < STEPS, "killed too late to show anything"
+
+    runs.vlm_nemo("train", *words(shards, tmp_path))
+    assert runs.trace(tmp_path) == runs.trace(whole)
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger == json.loads((whole / "ledger.json").read_text())
+    assert ledger["seen"] == ledger["used"] + sum(n for d in ledger["dropped"].values() for n in d.values())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+        (2, ["parallel.pipeline=2", "parallel.distributed_optimizer=false"]),
+        (2, []),
+    ],
+    ids=["tp2_sp", "pp2", "dp2"],
+)
+def test_resume_at_another_layout(whole: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str]) -> None:
+    """Written by one process, read by two; optimizer state, data position and all."""
+    runs.vlm_nemo("train", *words(shards, tmp_path, "trainer.stop_at=5"))
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000005"
+    runs.vlm_nemo("train", *words(shards, tmp_path, *layout), ranks=ranks)
+    found, expected = runs.trace(tmp_path), runs.trace(whole)
+    assert found[:5] == expected[:5]
+    assert [s for s, _, _ in found] == [s for s, _, _ in expected]
+    for (_, loss, norm), (_, true_loss, true_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-5)
+
+
+def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path) -> None:
+    """The distributed optimizer's shares of two data ranks, and two tensor halves, become one process's state."""
+    for name, layout in {"dp2": [], "tp2": ["parallel.tensor=2"]}.items():
+        run_dir = tmp_path / name
+        runs.vlm_nemo("train", *words(shards, run_dir, "trainer.stop_at=4", *layout), ranks=2)
+        runs.vlm_nemo("train", *words(shards, run_dir))
+        for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(run_dir), runs.trace(whole), strict=True):
+            assert loss == pytest.approx(true_loss, rel=1e-5)
+            assert norm == pytest.approx(true_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_ends_well(shards: Path, tmp_path: Path, name: str) -> None:
+    """Exit code 0, a line that says so, a checkpoint at the step that was under way."""
+    command = ["launch/local.sh", "1", "train", *words(shards, tmp_path, "trainer.steps=100000")]
+    process = subprocess.Popen(
+        command, cwd=runs.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    path = tmp_path / "metrics.jsonl"
+    while not (path.is_file() and path.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"{name}: stopped after step" in errors
+    last = runs.trace(tmp_path)[-1][0]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step_{last:06d}"
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole: Path, shards: Path, tmp_path: Path) -> None:
+    runs.vlm_nemo("train", *words(shards, tmp_path, "trainer.stop_at=7"))
+    file = next((tmp_path / "checkpoints" / "step_000007" / "weights").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = runs.vlm_nemo("train", *words(shards, tmp_path))
+    assert "step_000007 is damaged" in done.stderr
+    assert "going on from" in done.stderr and "step_000006" in done.stderr
+    assert runs.trace(tmp_path) == runs.trace(whole)

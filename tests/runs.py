@@ -1,0 +1,74 @@
+"""A small prepared data set, and `vlm-nemo` as a person runs it, for the tests that go the whole way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = [
+    "recipe=shapes/stage0",
+    "precision=fp32",
+    "model.vision.hidden_size=32",
+    "model.vision.num_layers=2",
+    "model.vision.num_heads=2",
+    "model.vision.ffn_hidden_size=64",
+    "model.language.hidden_size=32",
+    "model.language.num_heads=2",
+    "model.language.num_kv_heads=2",
+    "model.language.ffn_hidden_size=64",
+    "data.pack.capacity=256",
+    "data.global_packs=4",
+    "optim.warmup_steps=2",
+]
+"""A training run that takes seconds."""
+
+
+def make_data(folder: Path, images: int = 300) -> Path:
+    """Raw shapes, prepared: folder/shards/{captions,instruct,eval,tokenizer}."""
+    run([sys.executable, "data/shapes/prepare.py", f"out={folder}/raw", f"images={images}", "questions=4", "workers=1"])
+    manifest = (ROOT / "data/shapes/manifest.yaml").read_text()
+    (folder / "manifest.yaml").write_text(manifest.replace("name: shapes", "name: shapes\nroot: raw"))
+    vlm_nemo("prepare", folder / "manifest.yaml", f"out={folder}/shards", "tokenizer_vocab=500", "workers=1")
+    return folder / "shards"
+
+
+def data_words(shards: Path) -> list[str]:
+    """The words that point a shapes recipe at prepared data."""
+    return [
+        f"data.tokenizer={shards}/tokenizer",
+        f"data.sources.captions.path={shards}/captions",
+        f"data.sources.instruct.path={shards}/instruct",
+        f"evaluate.data={shards}/eval",
+    ]
+
+
+def run(command: list[Any], *, code: int = 0, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout and check how it ends."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
+    )
+    assert done.returncode == code, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def vlm_nemo(*words: Any, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """`vlm-nemo …`, or `launch/local.sh N …` on several processes."""
+    start = [sys.executable, "-m", "vlm_nemo"] if ranks == 1 else ["launch/local.sh", ranks]
+    return run([*start, *words], code=code)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trace(run_dir: Path) -> list[tuple[int, float, float]]:
+    """What must repeat to the bit: (step, loss, gradient norm)."""
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(run_dir)]

@@ -1,0 +1,89 @@
+"""What flows between the files of this package: messages, a record of a shard, an encoded sample, a drop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+from vlm_nemo.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Why a sample is left out. Short and stable: they are the keys of ledger.json and of a source's manifest.json.
+MISSING_IMAGE = "missing image"
+BROKEN_IMAGE = "broken image"
+IMAGE_SIZE = "image size"
+IMAGE_WITHOUT_MARKER = "image without <image>"
+MARKER_WITHOUT_IMAGE = "<image> without an image"
+EMPTY_CAPTION = "empty caption"
+TOO_LONG = "too long"
+NO_LABEL = "no label"
+BAD_JSON = "bad json"
+SPECIAL_TOKEN = "special token in text"
+REASONS = (
+    MISSING_IMAGE,
+    BROKEN_IMAGE,
+    IMAGE_SIZE,
+    IMAGE_WITHOUT_MARKER,
+    MARKER_WITHOUT_IMAGE,
+    EMPTY_CAPTION,
+    TOO_LONG,
+    NO_LABEL,
+    BAD_JSON,
+    SPECIAL_TOKEN,
+)
+
+
+class SampleError(UserError):
+    """This sample cannot be used. The loader counts it by `reason` and goes on; elsewhere it is the user's error."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `<image>` in the content stands for the next image."""
+
+    role: str
+    """system | user | assistant"""
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One record of a prepared shard, without the bytes of its images."""
+
+    messages: list[Message]
+    kind: str | None
+    """Group of the question, where the dataset knows one."""
+    source_id: str
+    """The sample's name in the raw data."""
+    sizes: list[tuple[int, int]]
+    """Width and height of each image, pixels, as it is shown (EXIF rotation applied)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSample:
+    """A sample ready to be packed."""
+
+    tokens: Sequence[int]
+    labels: Sequence[int]
+    """Not shifted: labels[t] is tokens[t] or IGNORE_INDEX."""
+    images: Tensor
+    """[n, 3, S, S] uint8; n may be 0"""
+
+
+class Drop(NamedTuple):
+    """A sample that was left out."""
+
+    source: str
+    reason: str
+    key: str
+    """Shard and member, as `tar` lists it, with the raw data's name where it is known."""

@@ -1,0 +1,120 @@
+"""Text to token ids and back: the `tokenizers` library behind the few words that the rest needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from vlm_nemo.data.sample import SPECIAL_TOKEN, SampleError
+from vlm_nemo.types import IMAGE_MARKER, UserError
+
+NEEDED = ("tokenizer.json", "tokenizer_config.json")
+KEPT = (*NEEDED, "special_tokens_map.json", "chat_template.jinja")
+"""What `save` takes along where it exists, so that AutoTokenizer reads the copy as it read the origin."""
+
+
+class Tokenizer:
+    """A folder with tokenizer.json and tokenizer_config.json, as Hugging Face's fast tokenizers are saved.
+
+    Text never becomes a special token: every added token of the file is treated as special, and special tokens are
+    not recognised inside text. They enter a sequence only by their ids, from `vlm_nemo.data.chat`.
+    """
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    image_id: int
+    vocab_size: int
+    """Highest id + 1, added tokens included: the embedding needs at least this many rows."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises UserError if a file or one of the tokens bos, eos, pad, <image> is missing."""
+        self.folder = Path(folder)
+        for name in NEEDED:
+            if not (self.folder / name).is_file():
+                raise UserError(
+                    f"data.tokenizer={self.folder} has no {name}; give a folder of Hugging Face's fast tokenizers "
+                    "or by `vlm-nemo prepare … tokenizer_vocab=N`"
+                )
+        content = _read_json(self.folder / "tokenizer.json")
+        names = _special_names(_read_json(self.folder / "tokenizer_config.json"))
+        for token in content.get("added_tokens") or []:
+            token["special"] = True
+        try:
+            self._fast = FastTokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{self.folder / 'tokenizer.json'} is not a tokenizer of this library: {error}") from error
+        self._fast.encode_special_tokens = True
+        self._fast.no_truncation()
+        self._fast.no_padding()
+
+        added = {token["content"] for token in content.get("added_tokens") or []}
+        ids: dict[str, int] = {}
+        missing = []
+        for role, name in names.items():
+            token_id = self._fast.token_to_id(name) if name in added else None
+            if token_id is None:
+                missing.append(f"{role} ({name or 'not named'})")
+            else:
+                ids[role] = token_id
+        if missing:
+            raise UserError(
+                f"tokenizer {self.folder} has no special token for {', '.join(missing)}; add it to added_tokens of "
+                "tokenizer.json and name it in tokenizer_config.json"
+            )
+        self.bos_id, self.eos_id, self.pad_id, self.image_id = (ids[r] for r in ("bos", "eos", "pad", "image"))
+        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        self._control = frozenset((self.bos_id, self.eos_id, self.image_id))
+        # SentencePiece-style files put a space before whatever they are given ("a" and " a" differ by one token more).
+        self._prepends_space = self._fast.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of `text`, no special tokens among them.
+
+        continues: the text goes on where earlier text ended; then a tokenizer that puts a space before everything
+            replaces the text's own leading space instead of adding a second one.
+        """
+        if continues and self._prepends_space and text.startswith(" "):
+            text = text[1:]
+        ids = self._fast.encode(text, add_special_tokens=False).ids
+        if not self._control.isdisjoint(ids):
+            raise SampleError(SPECIAL_TOKEN, f"text {text[:40]!r} becomes a special token with this tokenizer")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens are skipped."""
+        return self._fast.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files to `folder`."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, target / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _special_names(config: dict[str, Any]) -> dict[str, str]:
+    """{"bos": "<s>", ...} from tokenizer_config.json, where a token is a string or {"content": string}."""
+    names = {}
+    for role in ("bos", "eos", "pad", "image"):
+        value = config.get(f"{role}_token")
+        if isinstance(value, dict):
+            value = value.get("content")
+        names[role] = value or (IMAGE_MARKER if role == "image" else "")
+    return names
