@@ -19,7 +19,13 @@ def tiny_model(**language: object) -> ModelConfig:
         ),
         projector=ProjectorConfig(),
         language=LanguageConfig(
-            vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, **language  # type: ignore[arg-type]
+            vocab_size=64,
+            hidden_size=32,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            ffn_hidden_size=48,
+            **language,  # type: ignore[arg-type]
         ),
         init_std=0.1,
     )

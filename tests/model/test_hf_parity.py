@@ -73,7 +73,9 @@ def copy_weights(hf: torch.nn.Module, ours: torch.nn.Module, cfg: ModelConfig) -
         for i in range(cfg.vision.num_layers - 1):
             a, b = f"vision.blocks.layers.{i}.", f"{vision}encoder.layers.{i}."
             qkv = (theirs[f"{b}self_attn.{x}_proj.{end}"] for x in "qkv")
-            new[f"{a}self_attention.linear_qkv.{end}"] = interleave_qkv(*qkv, cfg.vision.num_heads, cfg.vision.num_heads)
+            new[f"{a}self_attention.linear_qkv.{end}"] = interleave_qkv(
+                *qkv, cfg.vision.num_heads, cfg.vision.num_heads
+            )
             new[f"{a}self_attention.linear_proj.{end}"] = theirs[f"{b}self_attn.out_proj.{end}"]
             new[f"{a}input_layernorm.{end}"] = theirs[f"{b}layer_norm1.{end}"]
             new[f"{a}pre_mlp_layernorm.{end}"] = theirs[f"{b}layer_norm2.{end}"]

@@ -1,4 +1,4 @@
-"""What a person looks at after an evaluation: gallery.html and a contact sheet, images with question, answer and truth."""
+"""What a person looks at after an evaluation: a page and a contact sheet of images with question, answer and truth."""
 
 from __future__ import annotations
 

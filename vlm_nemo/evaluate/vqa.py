@@ -1,4 +1,4 @@
-"""Exact match on held-out questions, by kind, beside two witnesses: chance, and the same questions with other images."""
+"""Exact match on held-out questions, by kind, beside two witnesses: chance, and the same questions, images swapped."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def read_questions(path: str, limit: int | None) -> list[Question]:
         if limit is not None and taken[kind] >= limit:
             continue
         if record.messages[-1]["role"] != "assistant":
-            raise UserError(f"{folder.key(number)} in {path} has no answer to compare with: its last turn is not assistant's")
+            raise UserError(
+                f"{folder.key(number)} in {path} has no answer to compare with: its last turn is not assistant's"
+            )
         taken[kind] += 1
         found.append(
             Question(

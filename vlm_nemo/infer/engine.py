@@ -3,7 +3,9 @@
 Each request gets a slot of a packed row, its prompt and the room for its answer, so nothing moves while it decodes:
 
     slot 0                          slot 1
-    p p p p  a1 .  .  .             p p p p p p  a1 .  .  .        next token: the logits at the slot's last filled place
+    p p p p  a1 .  .  .             p p p p p p  a1 .  .  .
+
+The next token comes from the logits at a slot's last filled place.
 
 Positions and segments are those of training; what is still empty lies in the future of what is asked, so causal
 attention never sees it. A request's answer does not depend on its row mates.

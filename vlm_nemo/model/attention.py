@@ -97,7 +97,7 @@ class _Spread(torch.autograd.Function):
         return torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, cells)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (cell_of_token,) = ctx.saved_tensors
         return grad.index_select(0, cell_of_token), None, None
 
@@ -111,7 +111,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, cell_of_token)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (cells,) = ctx.saved_tensors
         return torch.cat((grad, grad.new_zeros(1, grad.shape[1]))).index_select(0, cells), None, None
 

@@ -30,7 +30,9 @@ class ModelBatch:
     """[N * P] int64: the row's placeholders in order; empty where the row has no images"""
 
 
-def model_batch(row: PackedBatch, *, image_token: int, tokens_per_image: int, image_size: int, device: torch.device) -> ModelBatch:
+def model_batch(
+    row: PackedBatch, *, image_token: int, tokens_per_image: int, image_size: int, device: torch.device
+) -> ModelBatch:
     """Check a row and move it.
 
     Raises ValueError with both counts where placeholders and images disagree: half an image is never merged.

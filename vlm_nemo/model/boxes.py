@@ -82,5 +82,7 @@ def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
             *model_copy, data_copy = entry.replica_id
             model_owner = not any(model_copy)
             owner = model_owner and data_copy == 0
-            found.append(LocalParameter(name=name, parameter=parameter, boxes=boxes, owner=owner, model_owner=model_owner))
+            found.append(
+                LocalParameter(name=name, parameter=parameter, boxes=boxes, owner=owner, model_owner=model_owner)
+            )
     return found

@@ -37,4 +37,4 @@ def mark_split(parameters: Iterable[LocalParameter]) -> None:
         box = local.boxes[0]
         held = sum(b.numel for b in local.boxes)
         split = held != int(torch.Size(box.global_shape).numel())
-        local.parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
+        local.parameter.tensor_model_parallel = split

@@ -43,7 +43,9 @@ def language_config(
     )
 
 
-def language_model(cfg: LanguageConfig, config: TransformerConfig, *, first: bool, last: bool, vp_stage: int | None) -> GPTModel:
+def language_model(
+    cfg: LanguageConfig, config: TransformerConfig, *, first: bool, last: bool, vp_stage: int | None
+) -> GPTModel:
     """One pipeline stage (or virtual chunk) of the decoder. first holds the embedding, last the head."""
     return GPTModel(
         config,
@@ -55,7 +57,7 @@ def language_model(cfg: LanguageConfig, config: TransformerConfig, *, first: boo
         parallel_output=True,
         share_embeddings_and_output_weights=cfg.tied_embeddings,
         position_embedding_type="mrope",
-        rotary_base=cfg.rope_base,  # type: ignore[arg-type]
+        rotary_base=cfg.rope_base,
         # Image embeddings are merged in before the sequence is scattered; VLM does both.
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,

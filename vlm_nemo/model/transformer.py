@@ -29,7 +29,12 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {"gelu": F.gelu, "quick_gelu": quic
 
 
 def transformer_config(
-    parallel: ParallelConfig, dtype: torch.dtype, *, pipelined: bool, extra: Mapping[str, Any] | None = None, **sizes: Any
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    *,
+    pipelined: bool,
+    extra: Mapping[str, Any] | None = None,
+    **sizes: Any,
 ) -> TransformerConfig:
     """megatron's config with our decisions filled in.
 

@@ -52,7 +52,9 @@ class VisionTower(MegatronModule):
         )
         super().__init__(config=config)
         if cfg.image_size % cfg.patch_size:
-            raise UserError(f"model.vision.image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}")
+            raise UserError(
+                f"model.vision.image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}"
+            )
         self.cfg = cfg
         grid = cfg.image_size // cfg.patch_size
         self.patch_weight = nn.Parameter(torch.empty(cfg.hidden_size, 3 * cfg.patch_size**2, dtype=dtype))

@@ -38,9 +38,7 @@ class VLM(MegatronModule):
         self.share_embeddings_and_output_weights = cfg.language.tied_embeddings
         if self.pre_process:
             self.vision = VisionTower(cfg.vision, parallel, dtype)
-            self.projector = Projector(
-                cfg.projector, cfg.vision.hidden_size, cfg.language.hidden_size, parallel, dtype
-            )
+            self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.language.hidden_size, parallel, dtype)
         self.language = language_model(
             cfg.language, config, first=self.pre_process, last=self.post_process, vp_stage=vp_stage
         )
@@ -54,7 +52,9 @@ class VLM(MegatronModule):
         x = None
         if self.pre_process:
             x = self.language.embedding(input_ids=batch.tokens, position_ids=batch.positions)
-            x = place_images(x, self.embed_images(batch.images) if image_embeds is None else image_embeds, batch.image_slots)
+            x = place_images(
+                x, self.embed_images(batch.images) if image_embeds is None else image_embeds, batch.image_slots
+            )
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
         return self.language(

@@ -87,7 +87,9 @@ def _patch_megatron() -> None:
 
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker"):
         if not hasattr(mcore_random, name):
-            raise RuntimeError(f"megatron-core changed: tensor_parallel.random.{name} is gone; pin megatron-core==0.16.1")
+            raise RuntimeError(
+                f"megatron-core changed: tensor_parallel.random.{name} is gone; pin megatron-core==0.16.1"
+            )
 
     class CpuRngStatesTracker(mcore_random.CudaRNGStatesTracker):
         """The same named generator states, kept for the CPU generator."""
@@ -118,6 +120,6 @@ def _patch_megatron() -> None:
     mcore_random._set_cuda_rng_state = set_state
     mcore_random.CudaRNGStatesTracker = CpuRngStatesTracker
     # These three are plain functions of torch.cuda that would raise without a driver.
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.manual_seed = lambda seed: None

@@ -50,7 +50,7 @@ def start(parallel: ParallelConfig, seed: int) -> Ranks:
 
     Must run inside `device.adapter()`.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device.on_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():

@@ -102,17 +102,12 @@ def save(
 
 def _publish(draft: Path, final: Path) -> None:
     """Make the finished draft the newest checkpoint."""
-    if final.exists():  # the same step of an earlier attempt: out of the way first, gone last
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
     draft.rename(final)
     _sync_folder(final.parent)
     pointer = final.parent / ".latest.draft"
     pointer.write_text(final.name + "\n")
     pointer.replace(final.parent / "latest")
     _sync_folder(final.parent)
-    shutil.rmtree(final.with_name(f".{final.name}.old"), ignore_errors=True)
 
 
 def find(path: str | Path) -> Path:
@@ -123,10 +118,12 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if (path / "manifest.json").is_file():
         return path
-    for folder in (path, path / "checkpoints", path.parent if path.name == "latest" else path):
+    for folder in (path.parent, path) if path.name == "latest" else (path, path / "checkpoints"):
         pointer = folder / "latest"
-        if pointer.is_file() and (target := folder / pointer.read_text().strip()).is_dir():
-            return target
+        if pointer.is_file() and (folder / pointer.read_text().strip() / "manifest.json").is_file():
+            return folder / pointer.read_text().strip()
+        if found := newest(folder):
+            return found[0]
     raise UserError(f"no checkpoint at {path}: give a step folder (…/checkpoints/step_000100) or a run's folder")
 
 
@@ -153,13 +150,17 @@ def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
 
 
 def resumable(folder: Path, ranks: Ranks) -> Saved | None:
-    """The newest intact checkpoint of this run; a damaged one is named and the one before it is tried."""
+    """The newest intact checkpoint of this run. A damaged one is named and set aside, and the one before it tried."""
     for path in newest(folder):
         bad = verify(path, ranks)
         if not bad:
             return read(path)
         if ranks.main:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, ", ".join(bad[:3]))
+            aside = path.with_name(f".{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is damaged (%s) and now %s; trying the one before", path, ", ".join(bad[:3]), aside.name)
+        dist.barrier()
     return None
 
 
@@ -192,7 +193,7 @@ def load_optimizer(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronO
     by_parameter = {id(p.parameter): p for p in local_parameters(chunks)}
     for held in optimizer_slices(optimizer):
         local = by_parameter[id(held.parameter)]
-        kinds = ["exp_avg", "exp_avg_sq", *(["master"] if held.has_copy else [])]
+        kinds = [*shards.MOMENTS, *(["master"] if held.has_copy else [])]
         for kind in kinds:
             flat = reader.flat(kind, local, held.start, held.stop).to(held.master.device)
             if kind == "master":

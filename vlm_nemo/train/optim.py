@@ -153,7 +153,12 @@ def optimizer_slices(optimizer: MegatronOptimizer) -> Iterator[OptimizerSlice]:
                 for model, master in zip(models, masters, strict=True):
                     span = inner._get_model_param_range_map(model)["param"]
                     yield OptimizerSlice(
-                        parameter=model, master=master, start=span.start, stop=span.end, state=state[master], sharded=True
+                        parameter=model,
+                        master=master,
+                        start=span.start,
+                        stop=span.end,
+                        state=state[master],
+                        sharded=True,
                     )
             continue
         if isinstance(inner, Float16OptimizerWithFloat16Params):

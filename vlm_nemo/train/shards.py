@@ -24,6 +24,9 @@ from vlm_nemo.model.boxes import Box, LocalParameter
 from vlm_nemo.train.optim import OptimizerSlice
 from vlm_nemo.types import UserError
 
+MOMENTS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+"""AdamW's running means, as torch names them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -60,7 +63,7 @@ def optimizer_chunks(
         local = by_parameter[id(held.parameter)]
         if not (local.model_owner if held.sharded else local.owner):
             continue
-        tensors = {kind: held.state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in held.state}
+        tensors: dict[str, Tensor] = {kind: held.state[kind] for kind in MOMENTS if kind in held.state}
         if held.has_copy:
             tensors["master"] = held.master.data
         for kind, tensor in tensors.items():
@@ -139,7 +142,8 @@ class Reader:
         pieces = sorted(parts, key=lambda part: part[0].start)
         joined = torch.cat([self._files[path].get_tensor(name).reshape(-1) for _, path, name in pieces])
         if joined.numel() != math.prod(shape):
-            raise UserError(f"the checkpoint lacks a part of {parts[0][0].kind} {parts[0][0].key}: a rank's file is missing")
+            what = f"{parts[0][0].kind} {parts[0][0].key}"
+            raise UserError(f"the checkpoint lacks a part of {what}: a rank's file is missing")
         return joined.view(shape)
 
 
@@ -151,9 +155,7 @@ def _by_box(found: list[tuple[Chunk, Path, str]]) -> dict[Any, list[tuple[Chunk,
 
 
 def _intersection(offset: tuple[int, ...], shape: tuple[int, ...], box: Box) -> list[tuple[int, int]] | None:
-    spans = [
-        (max(a, b), min(a + n, b + m)) for a, n, b, m in zip(offset, shape, box.offset, box.shape, strict=True)
-    ]
+    spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in zip(offset, shape, box.offset, box.shape, strict=True)]
     return spans if all(a < b for a, b in spans) else None
 
 

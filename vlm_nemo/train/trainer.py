@@ -101,7 +101,7 @@ class Trainer:
             if step > saved:
                 self._save(step, data.state)
         if request.name is not None:
-            self._say(f"{request.name}: stopped after step {step} with a checkpoint; the same command goes on from there")
+            self._say(f"{request.name}: stopped after step {step} with a checkpoint; the same command goes on")
         elif step < steps:
             self._say(f"stopped after step {step} (trainer.stop_at) with a checkpoint")
         return step
@@ -170,9 +170,7 @@ class Trainer:
             gathered: list[Any] = [None] * self.ranks.data
             dist.all_gather_object(gathered, drops, group=groups.data_group())
             drops = [drop for found in gathered for drop in found]
-        self.ledger.add(
-            seen=data.seen, used=data.used - len(drops), drops=[*data.planned_drops, *drops]
-        )
+        self.ledger.add(seen=data.seen, used=data.used - len(drops), drops=[*data.planned_drops, *drops])
 
     def _judge(self) -> None:
         """Stop the run where too many samples are bad; what was found so far is on disk by then."""

@@ -46,7 +46,7 @@ class Loaded:
     """A model from a checkpoint, with all that it was trained with."""
 
     def __init__(self, step_folder: Path, parallel: ParallelConfig, precision: str, ranks: Ranks) -> None:
-        """Must run inside `device.adapter()`. Raises UserError for a damaged checkpoint or a layout that does not fit."""
+        """Must run inside `device.adapter()`. Raises UserError for a damaged checkpoint or an unfit layout."""
         saved = checkpoint_config(step_folder)
         self.path = step_folder
         self.cfg: ModelConfig = model_config(saved)

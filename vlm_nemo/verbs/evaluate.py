@@ -25,12 +25,10 @@ def evaluate(cfg: Config) -> None:
         layout = inference_layout(cfg.parallel)
         ranks = groups.start(layout, cfg.seed)
         set_up_logging(ranks.rank)
-        try:
-            assert cfg.checkpoint.load is not None  # the verb requires it
-            loaded = Loaded(checkpoint.find(cfg.checkpoint.load), layout, cfg.precision, ranks)
-            _evaluate(cfg, loaded, ranks)
-        finally:
-            groups.stop()
+        assert cfg.checkpoint.load is not None  # the verb requires it
+        loaded = Loaded(checkpoint.find(cfg.checkpoint.load), layout, cfg.precision, ranks)
+        _evaluate(cfg, loaded, ranks)
+        groups.stop()
 
 
 def _evaluate(cfg: Config, loaded: Loaded, ranks: Ranks) -> None:

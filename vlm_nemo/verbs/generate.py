@@ -31,16 +31,14 @@ def generate(cfg: GenerateRoot) -> None:
         layout = inference_layout(cfg.parallel)
         ranks = groups.start(layout, seed=0)
         set_up_logging(ranks.rank)
-        try:
-            assert cfg.checkpoint.load is not None  # the verb requires it
-            loaded = Loaded(checkpoint.find(cfg.checkpoint.load), layout, cfg.precision, ranks)
-            tokens = encode_prompt(messages, loaded.tokenizer, loaded.template, [loaded.spec.tokens] * len(images))
-            request = Request(tokens=tokens, images=stack_images(images, loaded.spec))
-            (answer,) = loaded.engine.generate([request], cfg.infer.max_new_tokens)
-            if ranks.main:
-                print(loaded.tokenizer.decode(answer).strip())
-        finally:
-            groups.stop()
+        assert cfg.checkpoint.load is not None  # the verb requires it
+        loaded = Loaded(checkpoint.find(cfg.checkpoint.load), layout, cfg.precision, ranks)
+        tokens = encode_prompt(messages, loaded.tokenizer, loaded.template, [loaded.spec.tokens] * len(images))
+        request = Request(tokens=tokens, images=stack_images(images, loaded.spec))
+        (answer,) = loaded.engine.generate([request], cfg.infer.max_new_tokens)
+        if ranks.main:
+            print(loaded.tokenizer.decode(answer).strip())
+        groups.stop()
 
 
 def _read(path: str) -> bytes:

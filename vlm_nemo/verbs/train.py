@@ -22,6 +22,7 @@ from vlm_nemo.train import checkpoint, optim
 from vlm_nemo.train.metrics import MetricsWriter
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
+from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import check_vocabulary, set_up_logging, spec_of
 
 
@@ -30,10 +31,8 @@ def train(cfg: Config) -> None:
     with device.adapter():
         ranks = groups.start(cfg.parallel, cfg.seed)
         set_up_logging(ranks.rank)
-        try:
-            _train(cfg, ranks)
-        finally:
-            groups.stop()
+        _train(cfg, ranks)
+        groups.stop()
 
 
 def _train(cfg: Config, ranks: Ranks) -> None:
@@ -49,6 +48,11 @@ def _train(cfg: Config, ranks: Ranks) -> None:
     tokenizer = Tokenizer(cfg.data.tokenizer)
     check_vocabulary(tokenizer, cfg.model)
     saved = checkpoint.resumable(run_dir / "checkpoints", ranks) if cfg.checkpoint.resume else None
+    if not cfg.checkpoint.resume and checkpoint.newest(run_dir / "checkpoints"):
+        raise UserError(
+            f"{run_dir} holds checkpoints of an earlier run and checkpoint.resume=false; name another run_dir, "
+            "or remove that one"
+        )
     start = saved.step if saved else 0
     origin = checkpoint.find(cfg.checkpoint.load) if cfg.checkpoint.load and not saved else None
 

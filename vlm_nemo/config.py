@@ -1,0 +1,244 @@
+"""The roots: what each verb can be told, and how conf/, a recipe and the command line become one typed object.
+
+The roots only list the parts; each part is a dataclass beside the code that it configures. Nobody below imports this.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vlm_nemo.data.config import DataConfig
+from vlm_nemo.evaluate.config import EvaluateConfig
+from vlm_nemo.infer.config import InferConfig
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.options import ANY_NAME, did_you_mean, find, options
+from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.train.config import CheckpointConfig, LogConfig, OptimConfig, TrainerConfig
+from vlm_nemo.types import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Root = TypeVar("Root")
+
+PRECISIONS = ("fp32", "bf16")
+
+GROUPS: dict[str, str] = {
+    "model": "vlm_nemo.model.vlm",
+    "data": "vlm_nemo.data.loader",
+    "parallel": "vlm_nemo.runtime.groups",
+    "optim": "vlm_nemo.train.optim",
+    "trainer": "vlm_nemo.train.trainer",
+    "checkpoint": "vlm_nemo.train.checkpoint",
+    "log": "vlm_nemo.train.metrics",
+    "evaluate": "vlm_nemo.evaluate.vqa",
+    "infer": "vlm_nemo.infer.engine",
+}
+"""Folder of conf/ -> the module that it configures: one to one."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A training run, and the evaluation of what it made."""
+
+    run_dir: str = "runs/${recipe}"
+    """Folder that takes everything the run writes."""
+    recipe: str = "default"
+    """Name of a complete run in recipes/; the other words change it."""
+    precision: str = field(default="bf16", metadata={"choices": PRECISIONS})
+    """Type of weights and activations in the forward and backward pass; the optimizer's own are fp32."""
+    seed: int = 1234
+    """Of everything random: weights, data order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(kw_only=True)
+class GenerateRoot:
+    """A question to a trained model."""
+
+    prompt: str = field(default="", metadata={"literal": True})
+    """What to ask. Each image stands where `<image>` does; without any marker the images come first."""
+    image: list[str] = field(default_factory=list, metadata={"literal": True})
+    """A file, or [a.jpg,b.jpg] for several; none = text only."""
+    precision: str = field(default="bf16", metadata={"choices": PRECISIONS})
+    """Type of weights and activations."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+
+
+def home() -> Path:
+    """The folder that holds conf/ and recipes/: the package when installed from a wheel, else the checkout."""
+    package = Path(__file__).resolve().parent
+    return package if (package / "conf").is_dir() else package.parent
+
+
+def recipe_folders() -> list[Path]:
+    """Where `recipe=NAME` looks: recipes/ of the current folder (one's own), then ours."""
+    return list(dict.fromkeys(folder for folder in (Path.cwd() / "recipes", home() / "recipes") if folder.is_dir()))
+
+
+def recipe_names() -> list[str]:
+    """Every recipe that `recipe=` accepts by name, sorted: `shapes/stage1`, … (`_base` is what recipes share.)"""
+    files = [(folder, path) for folder in recipe_folders() for path in folder.rglob("[!_]*.yaml")]
+    return sorted({path.relative_to(folder).with_suffix("").as_posix() for folder, path in files})
+
+
+def group_choices(group: str) -> list[str]:
+    """The names that `group=` accepts: the YAML files of conf/<group>/."""
+    return sorted(path.stem for path in (home() / "conf" / group).glob("*.yaml"))
+
+
+def compose(verb: str, root: type[Root], overrides: Sequence[str] = (), recipe: str | None = None) -> DictConfig:
+    """conf/<verb>.yaml, then the recipe, then Hydra overrides; typed by `root`.
+
+    Raises UserError: one line that names the full key and the nearest one, or the value and what it should be.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    ConfigStore.instance().store(name=f"{verb}_schema", node=root)
+    try:
+        words = [*_recipe_overrides(recipe), *overrides]
+        with initialize_config_dir(config_dir=str(home() / "conf"), version_base="1.3"):
+            # Hydra's own `now` is a clock: it would give every rank a run folder of its own.
+            OmegaConf.register_new_resolver("now", _now, replace=True)
+            config = hydra_compose(verb, overrides=words)
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
+        raise UserError(_explain(error, root, recipe)) from None
+    _check_choices(resolved, root)
+    return config
+
+
+def build(config: DictConfig, root: type[Root]) -> Root:
+    """The composed config as an object of the root's dataclasses. Raises UserError where a required key is not set."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
+
+    try:
+        built = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise UserError(missing(str(error.full_key), root)) from None
+    assert isinstance(built, root)
+    return built
+
+
+def missing(key: str, root: type) -> str:
+    """The line about a key that has to be set and is not."""
+    option = find(key, options(root))
+    return f"{key} is not set" + (f": {option.doc}" if option and option.doc else "")
+
+
+def _recipe_overrides(recipe: str | None) -> Iterator[str]:
+    """The Hydra words that select a recipe by its name in a recipes/ folder, or by the path of a file."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    if recipe is None:
+        return
+    folders, names, file = recipe_folders(), recipe_names(), Path(recipe).resolve()
+    name = recipe.removesuffix(".yaml")
+    for folder in folders:
+        if file.is_file() and file.is_relative_to(folder.resolve()):
+            name = file.relative_to(folder.resolve()).with_suffix("").as_posix()
+    if name in names:
+        yield f"recipes={name}"
+    elif file.suffix == ".yaml" and file.is_file():
+        ConfigStore.instance().store(group="recipes", name="file", node=OmegaConf.load(file), package="_global_")
+        yield "recipes=file"
+        name = file.stem
+    else:
+        raise UserError(f"no recipe {recipe!r}{did_you_mean(name, names) or '; there are ' + ', '.join(names)}")
+    # Hydra looks for recipes/NAME.yaml beside each recipes/ folder; the first that has it wins.
+    yield f"hydra.searchpath=[{','.join(quote(f'file://{folder.parent}') for folder in folders)}]"
+    yield f"recipe={quote(name)}"
+
+
+def _now(pattern: str) -> str:
+    """`${now:…}`: the time at which the run was started, the same on every rank."""
+    started = os.environ.get("VLM_NEMO_STARTED")
+    if started is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "${now:} differs from rank to rank; start with launch/local.sh, or set VLM_NEMO_STARTED to one time "
+            "(seconds since 1970) for all ranks, or name the folder"
+        )
+    return time.strftime(pattern, time.localtime(float(started) if started else None))
+
+
+def _check_choices(values: Any, root: type) -> None:
+    """Enumerations are plain text to Hydra: compare them with their choices. Raises UserError."""
+    for key, option in options(root).items():
+        if not option.choices:
+            continue
+        value = values
+        for word in key.split("."):
+            value = value[word]
+        if value not in option.choices:
+            raise UserError(f"{key} must be {option.expected}, not {value!r}{did_you_mean(str(value), option.choices)}")
+
+
+def _explain(error: BaseException, root: type, recipe: str | None) -> str:
+    """Hydra's and OmegaConf's errors in one line: full key, nearest key or expected type, and the file if it is one."""
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
+    from yaml import MarkedYAMLError
+
+    where = ""
+    if str(error).startswith("In '") and recipe is not None:
+        where = f" (in recipe {recipe})"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}{where}"
+    if isinstance(cause, ValidationError) and cause.full_key is not None:
+        option = find(cause.full_key, options(root))
+        if option is None:
+            return f"{cause.full_key} holds several options and takes no value itself: set {cause.full_key}.…{where}"
+        value = "null" if cause.value is None else repr(cause.value)
+        return f"{cause.full_key} must be {option.expected}, not {value}{where}"
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key is not None:
+        if cause.full_key.partition(".")[0] == "recipes":
+            return f"recipe {recipe} lacks its first line: # @package _global_"
+        return unknown(cause.full_key, root) + where
+    text = re.split(r"Config search path|\nSee http", str(error))[0]
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip()) + where
+
+
+def unknown(key: str, root: type) -> str:
+    """The line about a key that does not exist."""
+    known = options(root)
+    groups = [group for group in GROUPS if any(k.startswith(group + ".") for k in known)]
+    hint = did_you_mean(key, [*known, *groups])
+    for holder in (k for k, option in known.items() if option.is_dict and key.startswith(k + ".")):
+        hint = hint.replace(f"{holder}.{ANY_NAME}", ".".join(key.split(".")[: holder.count(".") + 2]))
+    return f"no option {key}{hint}"
+
+
+def quote(text: str) -> str:
+    """`text` as one single-quoted string of Hydra's grammar.
+
+    Only backslashes before a quote (also the closing one) are escapes there; the others stand for themselves.
+    """
+    escaped = re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", text)
+    return "'" + re.sub(r"(\\+)$", lambda m: m[1] * 2, escaped) + "'"

@@ -1,0 +1,122 @@
+"""The text of `--help`: what a verb does, two examples, every option with type, default and description.
+
+Nothing heavy is imported: defaults come from the dataclasses and from the YAML files that a verb starts with.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vlm_nemo.config import GROUPS, group_choices, home, recipe_names
+from vlm_nemo.options import Option, sections
+
+if TYPE_CHECKING:
+    from vlm_nemo.cli import Verb
+
+FOOTER = """\
+vlm-nemo VERB --help            every option of a verb
+vlm-nemo VERB … --cfg           print the whole configuration and stop
+vlm-nemo VERB … --validate      check the words and the layout and stop
+launch/local.sh N VERB …        run a verb on N processes of this machine"""
+
+
+def of_root(verbs: Iterable[Verb]) -> str:
+    """`vlm-nemo --help`."""
+    lines = ["vlm-nemo: train vision-language models with megatron-core", "", "usage: vlm-nemo VERB [key=value …]", ""]
+    examples = []
+    for verb in verbs:
+        lines.append(f"  {verb.name:10}{verb.summary}")
+        examples.append(f"  {verb.examples[0]}")
+    return "\n".join([*lines, "", "examples:", *examples[:2], "", FOOTER])
+
+
+def of_verb(verb: Verb) -> str:
+    """`vlm-nemo VERB --help`."""
+    lines = [f"vlm-nemo {verb.name}: {verb.summary}", "", "examples:", *(f"  {e}" for e in verb.examples), ""]
+    lines += [f"  {note}" for note in (*verb.notes, "text needs quotes only for the shell; null means none")]
+    if verb.recipes:
+        lines += _listed("recipes: ", recipe_names())
+    selected = _selected_parts(verb.name)
+    for group in selected:
+        if len(choices := group_choices(group)) > 1:
+            lines += _listed(f"{group} parts, {group}=NAME: ", choices)
+    defaults = _yaml_defaults(verb.name, selected)
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    for section in sections(verb.root):
+        if not section.options:
+            continue
+        lines += ["", f"{section.key or 'options'}: {section.title}"]
+        for option in section.options:
+            lines += _option(option, defaults.get(option.key, option.default), verb, width)
+    return "\n".join(lines)
+
+
+def _listed(label: str, names: list[str]) -> list[str]:
+    return textwrap.wrap(label + ", ".join(names), 110, initial_indent="  ", subsequent_indent="      ")
+
+
+def _option(option: Option, default: Any, verb: Verb, width: int) -> list[str]:
+    needed = option.key in verb.required or default == "???"
+    value = "…" if needed or default is MISSING else _shown(default)
+    doc = textwrap.wrap(option.doc, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return [f"  {option.key}={value}  ({option.type_name}{', needed' if needed else ''})", *doc]
+
+
+def _shown(value: Any) -> str:
+    """A default as one would type it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(_shown(v) for v in value) + "]"
+    return str(value)
+
+
+def _selected_parts(verb: str) -> dict[str, str]:
+    """{group: option} that conf/<verb>.yaml starts with."""
+    listed = _load(home() / "conf" / f"{verb}.yaml").get("defaults", [])
+    return {g: o for entry in listed if isinstance(entry, dict) for g, o in entry.items() if g in GROUPS}
+
+
+def _yaml_defaults(verb: str, selected: dict[str, str]) -> dict[str, Any]:
+    """{key: value} that the YAML files set over the dataclasses' own defaults."""
+    conf = home() / "conf"
+    values: dict[str, Any] = {}
+    for group, choice in selected.items():
+        values.update(_flat(_load_part(conf / group, choice), group + "."))
+    own = _load(conf / f"{verb}.yaml")
+    own.pop("defaults", None)
+    return {**values, **_flat(own, "")}
+
+
+def _load_part(folder: Path, name: str) -> dict[str, Any]:
+    """One part, on top of the parts of the same group that its `defaults` name."""
+    part = _load(folder / f"{name}.yaml")
+    merged: dict[str, Any] = {}
+    for base in part.pop("defaults", []):
+        if base != "_self_":
+            merged.update(_flat(_load_part(folder, base), ""))
+    return {**merged, **_flat(part, "")}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
