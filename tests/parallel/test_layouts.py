@@ -19,6 +19,7 @@ FROZEN = {
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "tp2": (2, dict(tensor=2, distributed_optimizer=False)),
     "tp2_sp": (2, dict(tensor=2, sequence=True, distributed_optimizer=False)),
+    "tp2_recompute": (2, dict(tensor=2, recompute="full", distributed_optimizer=False)),
     "pp2": (2, dict(pipeline=2, distributed_optimizer=False)),
     "pp2_vpp2": (2, dict(pipeline=2, virtual=2, distributed_optimizer=False)),
     "dp2": (2, dict(distributed_optimizer=False)),

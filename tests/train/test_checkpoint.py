@@ -89,7 +89,7 @@ def test_a_crash_at_any_point_leaves_a_checkpoint_that_loads(
 
     with monkeypatch.context() as patch:
         for owner, name in (
-            (checkpoint.shards, "write"),
+            (checkpoint.tensors, "write"),
             (checkpoint, "_write_json"),
             (Path, "rename"),
             (Path, "replace"),

@@ -42,6 +42,8 @@ class RawSource:
     name: str
     kind: str
     where: dict[str, Path]
+    held_out: bool
+    """For evaluation: the tokenizer is not trained on its texts."""
 
 
 def prepare(cfg: PrepareConfig) -> dict[str, dict[str, Any]]:
@@ -61,7 +63,8 @@ def prepare(cfg: PrepareConfig) -> dict[str, dict[str, Any]]:
         for source in sources:
             manifests[source.name] = _prepare_source(source, out / source.name, cfg, pool, console)
     if cfg.tokenizer_vocab:
-        _prepare_tokenizer(out, manifests, cfg.tokenizer_vocab, console)
+        learned = {source.name: manifests[source.name] for source in sources if not source.held_out}
+        _prepare_tokenizer(out, learned, cfg.tokenizer_vocab, console)
     return manifests
 
 
@@ -87,8 +90,12 @@ def read_manifest(path: Path, folder: str | None = None) -> list[RawSource]:
         if kind not in KINDS:
             raise UserError(f"{where}.kind={kind} is unknown; {_nearest(kind, tuple(KINDS))}")
         paths = KINDS[kind][0]
-        _keys(entry, ("kind", *paths), paths, where)
-        found.append(RawSource(name=str(name), kind=kind, where={key: root / str(entry[key]) for key in paths}))
+        _keys(entry, ("kind", "held_out", *paths), paths, where)
+        held_out = entry.get("held_out", False)
+        if not isinstance(held_out, bool):
+            raise UserError(f"{where}.held_out={held_out} must be true or false")
+        places = {key: root / str(entry[key]) for key in paths}
+        found.append(RawSource(name=str(name), kind=kind, where=places, held_out=held_out))
     return found
 
 

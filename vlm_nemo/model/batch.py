@@ -46,7 +46,6 @@ def model_batch(
         )
     images = row.images if count else torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     supervised = row.labels != IGNORE_INDEX
-    segments = make_segments(row.cu_seqlens, row.used_tokens)
 
     def move(x: Tensor) -> Tensor:
         if device.type == "cuda":
@@ -58,7 +57,7 @@ def model_batch(
         labels=move(row.labels.masked_fill(~supervised, 0)).unsqueeze(0),
         loss_mask=move(supervised.float()).unsqueeze(0),
         positions=move(row.positions).unsqueeze(1),
-        segments=segments.to(device) if device.type == "cuda" else segments,
+        segments=make_segments(row.cu_seqlens, row.used_tokens).moved(move),
         images=move(images),
         image_slots=move(slots),
     )

@@ -11,6 +11,7 @@ Lengths within a factor of two share a rectangle, so at most half of it is senti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,15 +28,11 @@ class Segments(PackedSeqParams):
     cell_of_token: Tensor | None = None
     """[T] int64: where each token lies in the flattened, concatenated rectangles"""
 
-    def to(self, device: torch.device) -> Segments:
-        move = dict(device=device, non_blocking=True)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
+        """The same, every tensor through `move`."""
         assert self.cell_of_token is not None
-        return segments_from(
-            self.cu_seqlens_q.to(**move),
-            self.max_seqlen_q,
-            [r.to(**move) for r in self.rectangles],
-            self.cell_of_token.to(**move),
-        )
+        rectangles = [move(rectangle) for rectangle in self.rectangles]
+        return segments_from(move(self.cu_seqlens_q), self.max_seqlen_q, rectangles, move(self.cell_of_token))
 
 
 def segments_from(cu: Tensor, longest: int, rectangles: list[Tensor], cell_of_token: Tensor) -> Segments:

@@ -10,7 +10,7 @@
         weights/rank_00000.safetensors, optimizer/rank_00000.safetensors, ...
 
 A folder is written under a hidden name, then renamed; `latest` moves last. So a kill at any moment leaves either the
-old state or the new one. What the tensor files hold is described in shards.py.
+old state or the new one. What the tensor files hold is described in tensors.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import nn
 
 from vlm_nemo.model.boxes import local_parameters
 from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.train import shards
+from vlm_nemo.train import tensors
 from vlm_nemo.train.optim import optimizer_slices, refresh_masters
 from vlm_nemo.types import UserError
 
@@ -80,10 +80,10 @@ def save(
     dist.barrier()
     parameters = local_parameters(chunks)
     name = f"rank_{ranks.rank:05d}.safetensors"
-    written = [shards.write(draft / "weights" / name, shards.weight_chunks(parameters))]
+    written = [tensors.write(draft / "weights" / name, tensors.weight_chunks(parameters))]
     if optimizer is not None:
-        chunks_held = shards.optimizer_chunks(parameters, optimizer_slices(optimizer))
-        written.append(shards.write(draft / "optimizer" / name, chunks_held))
+        chunks_held = tensors.optimizer_chunks(parameters, optimizer_slices(optimizer))
+        written.append(tensors.write(draft / "optimizer" / name, chunks_held))
     hashes = [_fingerprint(draft, path) for path in written if path is not None]
     gathered: list[Any] = [None] * ranks.world
     dist.all_gather_object(gathered, hashes)
@@ -178,7 +178,7 @@ def load_weights(path: Path, chunks: Sequence[nn.Module], ranks: Ranks, *, skip_
     bad = verify(path, ranks)
     if bad:
         raise UserError(f"checkpoint {path} is damaged: {', '.join(bad[:5])}; use an earlier step")
-    reader = shards.Reader(path / "weights")
+    reader = tensors.Reader(path / "weights")
     wanted = [p for p in local_parameters(chunks) if p.name.split(".", 1)[0] not in skip_parts]
     with torch.no_grad():
         for local in wanted:
@@ -188,12 +188,12 @@ def load_weights(path: Path, chunks: Sequence[nn.Module], ranks: Ranks, *, skip_
 
 def load_optimizer(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, step: int) -> None:
     """Fill AdamW's state and the fp32 copies, at this layout, from a checkpoint of this run written at any layout."""
-    reader = shards.Reader(path / "optimizer")
+    reader = tensors.Reader(path / "optimizer")
     refresh_masters(optimizer)
     by_parameter = {id(p.parameter): p for p in local_parameters(chunks)}
     for held in optimizer_slices(optimizer):
         local = by_parameter[id(held.parameter)]
-        kinds = [*shards.MOMENTS, *(["master"] if held.has_copy else [])]
+        kinds = [*tensors.MOMENTS, *(["master"] if held.has_copy else [])]
         for kind in kinds:
             flat = reader.flat(kind, local, held.start, held.stop).to(held.master.device)
             if kind == "master":
