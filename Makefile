@@ -1,0 +1,34 @@
+# make demo    train a small vision-language model on this machine and show what it answers (DEMO=short: a few steps)
+# make test    run the tests
+# make check   lint, types, floors, shell scripts
+# make clean   remove caches (not .venv, not runs/)
+#
+# Each sets up what it needs in .venv. PYTHON=/path/to/python3.12 chooses the interpreter.
+
+DEMO ?= full
+bin := .venv/bin
+ready := $(bin)/.ready
+
+.PHONY: demo test check clean setup
+
+demo: $(ready)
+	@DEMO=$(DEMO) PYTHON=$(bin)/python launch/demo.sh
+
+test: $(ready)
+	$(bin)/python -m pytest -q
+
+check: $(ready)
+	$(bin)/ruff check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+	$(bin)/shellcheck launch/*.sh .ci/run
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find vlm_nemo tests data -name __pycache__ -prune -exec rm -rf {} +
+
+setup: $(ready)
+
+$(ready): pyproject.toml constraints.txt launch/setup.sh
+	@PYTHON="$(PYTHON)" launch/setup.sh
+	@touch $@

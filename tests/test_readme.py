@@ -1,0 +1,57 @@
+"""The README's commands are the ones that CI runs, and its tree is the one that is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vlm_nemo.cli import VERBS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CI = (ROOT / ".ci" / "run").read_text()
+
+
+def commands() -> list[str]:
+    """Every line of the README's bash blocks that runs something of ours."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", "git ", "cd ", "source "))]
+
+
+def test_there_are_commands() -> None:
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_ci_runs_it(command: str) -> None:
+    runs = [line.strip() for line in CI.splitlines() if not line.lstrip().startswith("#")]
+    alone = [line.removeprefix("run ").replace(" DEMO=short", "") for line in runs]
+    assert command in alone, f"README has {command!r}; .ci/run does not run it"
+
+
+def test_every_verb_is_there() -> None:
+    for verb in VERBS:
+        assert f"`{verb}`" in README
+
+
+def test_the_tree_is_the_one_that_is_there() -> None:
+    match = re.search(r"```text\nvlm_nemo/\n(.*?)```", README, flags=re.DOTALL)
+    assert match is not None, "the README ends with the tree"
+    folder, listed = "", set()
+    for line in match[1].splitlines():
+        name = line.split()[0]
+        if line.startswith("  ") and not line.startswith("   "):
+            folder = name if name.endswith("/") else ""
+            if not folder:
+                listed.add(name)
+        else:
+            listed.add(folder + name)
+    there = {
+        path.relative_to(ROOT / "vlm_nemo").as_posix()
+        for path in (ROOT / "vlm_nemo").rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert listed == there
