@@ -16,12 +16,13 @@ from types import SimpleNamespace
 import pytest
 
 from vlm_nemo import cli
-from vlm_nemo.cli import VERBS, main
+from vlm_nemo.cli import main
 from vlm_nemo.options import options
 from vlm_nemo.runtime import local
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.layout import check_layout
 from vlm_nemo.types import UserError
+from vlm_nemo.verbs.table import VERBS
 
 from .tiny import tiny_model
 

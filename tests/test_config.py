@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from vlm_nemo import config
-from vlm_nemo.cli import VERBS
 from vlm_nemo.config import Config, GenerateRoot, build, compose
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.options import ANY_NAME, Option, find, nearest, options, sections
 from vlm_nemo.overrides import translate
 from vlm_nemo.types import UserError
+from vlm_nemo.verbs.table import VERBS
 
 ROOT = Path(__file__).parent.parent
 

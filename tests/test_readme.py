@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_nemo.cli import VERBS
+from vlm_nemo.verbs.table import VERBS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

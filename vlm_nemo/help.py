@@ -18,7 +18,7 @@ from vlm_nemo.config import GROUPS, group_choices, home, recipe_names
 from vlm_nemo.options import Option, sections
 
 if TYPE_CHECKING:
-    from vlm_nemo.cli import Verb
+    from vlm_nemo.verbs.table import Verb
 
 FOOTER = """\
 vlm-nemo VERB --help            every option of a verb

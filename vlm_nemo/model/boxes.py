@@ -47,6 +47,11 @@ class LocalParameter:
     model_owner: bool
     """The same among the processes that see the same data: of all data ranks, several are."""
 
+    @property
+    def part(self) -> str:
+        """vision | projector | language"""
+        return self.name.split(".", 1)[0]
+
     def pieces(self, local: Tensor) -> Iterator[tuple[Box, Tensor]]:
         """Each box with its view of a tensor shaped like the parameter."""
         row = 0

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
 from vlm_nemo.model.boxes import LocalParameter, local_parameters
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.init import initialise
-from vlm_nemo.model.vlm import VLM
+from vlm_nemo.model.vlm import PARTS, VLM
 from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 
 
-def build_model(cfg: ModelConfig, parallel: ParallelConfig, precision: str, seed: int) -> list[VLM]:
+def build_model(
+    cfg: ModelConfig, parallel: ParallelConfig, precision: str, seed: int, fresh: Collection[str] = PARTS
+) -> list[VLM]:
     """This process's model chunks: one, or `parallel.virtual` under the interleaved schedule.
 
+    fresh: the parts whose weights are drawn from `seed`; those of the others are undefined until they are loaded.
     Must run inside `device.adapter()` after the groups are laid out.
     """
     dtype = device.PRECISIONS[precision]
@@ -24,7 +27,7 @@ def build_model(cfg: ModelConfig, parallel: ParallelConfig, precision: str, seed
     chunks = [VLM(cfg, parallel, dtype, vp_stage=stage).to(device.device()) for stage in stages]
     parameters = local_parameters(chunks)
     mark_split(parameters)
-    initialise(parameters, cfg, seed)
+    initialise((p for p in parameters if p.part in fresh), cfg, seed)
     return chunks
 
 

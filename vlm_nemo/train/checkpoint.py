@@ -179,7 +179,7 @@ def load_weights(path: Path, chunks: Sequence[nn.Module], ranks: Ranks, *, skip_
     if bad:
         raise UserError(f"checkpoint {path} is damaged: {', '.join(bad[:5])}; use an earlier step")
     reader = tensors.Reader(path / "weights")
-    wanted = [p for p in local_parameters(chunks) if p.name.split(".", 1)[0] not in skip_parts]
+    wanted = [p for p in local_parameters(chunks) if p.part not in skip_parts]
     with torch.no_grad():
         for local in wanted:
             for box, view in local.pieces(local.parameter.data):

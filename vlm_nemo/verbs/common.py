@@ -54,7 +54,7 @@ class Loaded:
         self.tokenizer = Tokenizer(step_folder / "tokenizer")
         self.template: Template = TEMPLATES[saved["data"]["template"]]
         self.spec = spec_of(self.cfg.vision)
-        chunks = build_model(self.cfg, parallel, precision, seed=0)
+        chunks = build_model(self.cfg, parallel, precision, seed=0, fresh=())
         checkpoint.load_weights(step_folder, chunks, ranks)
         self.engine = Engine(
             chunk=chunks[0],

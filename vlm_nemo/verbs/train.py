@@ -16,6 +16,7 @@ from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
+from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.train import checkpoint, optim
@@ -53,11 +54,14 @@ def _train(cfg: Config, ranks: Ranks) -> None:
             f"{run_dir} holds checkpoints of an earlier run and checkpoint.resume=false; name another run_dir, "
             "or remove that one"
         )
+    if unknown := set(cfg.checkpoint.reset) - set(PARTS):
+        raise UserError(f"checkpoint.reset names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     start = saved.step if saved else 0
     origin = checkpoint.find(cfg.checkpoint.load) if cfg.checkpoint.load and not saved else None
 
     # 2. The model, its weights, its optimizer
-    chunks = build_model(cfg.model, cfg.parallel, cfg.precision, cfg.seed)
+    fresh = () if saved else cfg.checkpoint.reset if origin else PARTS
+    chunks = build_model(cfg.model, cfg.parallel, cfg.precision, cfg.seed, fresh)
     if saved:
         checkpoint.load_weights(saved.path, chunks, ranks)
     elif origin:

@@ -1,0 +1,96 @@
+"""The table of verbs. Light: help and the command line read it before anything heavy is imported.
+
+A new verb is a row here, a root dataclass in config.py, a conf/<verb>.yaml, and the function that the row names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vlm_nemo import config
+from vlm_nemo.data.config import PrepareConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One thing that `vlm-nemo` does."""
+
+    name: str
+    summary: str
+    examples: tuple[str, str]
+    root: type
+    run: str
+    """module:function, called with the composed root object."""
+    required: tuple[str, ...] = ()
+    """Keys that need a value in this verb, beyond those that the dataclasses demand."""
+    named: tuple[str, ...] = ()
+    """Keys that the command line itself has to name: a recipe's value means something else here."""
+    positional: str | None = None
+    """The key that a bare word sets."""
+    recipes: bool = False
+    """Takes `recipe=NAME`."""
+    ranks: bool = True
+    """Several processes work together; otherwise it runs in one."""
+    notes: tuple[str, ...] = field(default=())
+    """More lines for the help."""
+
+
+CHECKPOINT_NOTE = "checkpoint=DIR is short for checkpoint.load=DIR"
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            name="prepare",
+            summary="turn raw images and texts into indexed WebDataset shards",
+            examples=(
+                "vlm-nemo prepare data/shapes/manifest.yaml root=runs/demo/raw out=runs/demo/shards",
+                "vlm-nemo prepare my/manifest.yaml out=shards/my workers=16 tokenizer_vocab=32000",
+            ),
+            root=PrepareConfig,
+            run="vlm_nemo.data.prepare:prepare",
+            positional="manifest",
+            ranks=False,
+            notes=("a path without a key is the manifest",),
+        ),
+        Verb(
+            name="train",
+            summary="train a model, or go on with a run that was stopped",
+            examples=(
+                "vlm-nemo train recipe=shapes/stage1 trainer.steps=50",
+                "launch/local.sh 2 train recipe=shapes/stage2 parallel.tensor=2 run_dir=runs/two",
+            ),
+            root=config.Config,
+            run="vlm_nemo.verbs.train:train",
+            required=("data.sources", "data.tokenizer"),
+            recipes=True,
+            notes=(CHECKPOINT_NOTE,),
+        ),
+        Verb(
+            name="evaluate",
+            summary="ask a trained model held-out questions and write scores and a gallery",
+            examples=(
+                "vlm-nemo evaluate recipe=shapes/stage3 checkpoint=runs/demo/stage3/checkpoints",
+                "launch/local.sh 2 evaluate recipe=shapes/stage3 checkpoint=runs/two/checkpoints evaluate.limit=20",
+            ),
+            root=config.Config,
+            run="vlm_nemo.verbs.evaluate:evaluate",
+            required=("checkpoint.load", "evaluate.data"),
+            named=("checkpoint.load",),  # a recipe's is where its training starts from
+            recipes=True,
+            notes=(CHECKPOINT_NOTE, "the model's own settings come from the checkpoint"),
+        ),
+        Verb(
+            name="generate",
+            summary="answer a question about images",
+            examples=(
+                'vlm-nemo generate checkpoint=runs/demo/stage3/checkpoints image=cat.jpg prompt="What is this?"',
+                'vlm-nemo generate checkpoint=DIR image=[a.jpg,b.jpg] prompt="What differs?" infer.max_new_tokens=20',
+            ),
+            root=config.GenerateRoot,
+            run="vlm_nemo.verbs.generate:generate",
+            required=("checkpoint.load", "prompt"),
+            notes=(CHECKPOINT_NOTE, "the model's own settings come from the checkpoint"),
+        ),
+    )
+}
