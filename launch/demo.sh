@@ -6,7 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=runs/demo
 form=${DEMO:-full} # what is asked for; $out/form says what was made
-python=${PYTHON:-.venv/bin/python}
+export PYTHON=${PYTHON:-.venv/bin/python}
+python=$PYTHON
+# Two data-parallel processes use two cores better than one process with two threads.
+ranks=$(($(nproc) > 1 ? 2 : 1))
 
 case $form in
     full) data=(images=32000) questions=200 train=() evaluate=() ;;
@@ -51,12 +54,12 @@ for stage in 0 1 2 3; do
     fi
     say "stage $stage -> $out/stage$stage"
     rm -rf "$out/eval" "$out/summary.json"
-    "$python" -m vlm_nemo train recipe="shapes/stage$stage" run_dir="$out/stage$stage" ${train[@]+"${train[@]}"}
+    launch/local.sh "$ranks" train recipe="shapes/stage$stage" run_dir="$out/stage$stage" ${train[@]+"${train[@]}"}
 done
 
 if [ ! -f "$out/eval/scores.json" ]; then
     say "questions about scenes never seen -> $out/eval"
-    "$python" -m vlm_nemo evaluate recipe=shapes/stage3 checkpoint="$out/stage3/checkpoints" run_dir="$out/eval" \
+    launch/local.sh "$ranks" evaluate recipe=shapes/stage3 checkpoint="$out/stage3/checkpoints" run_dir="$out/eval" \
         ${evaluate[@]+"${evaluate[@]}"}
 fi
 

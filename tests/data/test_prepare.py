@@ -240,3 +240,16 @@ def test_the_tokenizer_writes_what_the_shards_say(prepared: Path) -> None:
     assert 260 < tokenizer.vocab_size <= 320
     assert tokenizer.decode(tokenizer.encode("a picture of 3 red circles")) == "a picture of 3 red circles"
     assert len(tokenizer.encode(" red circles")) == 2
+
+
+def test_too_many_faults_stop_prepare_and_a_higher_limit_goes_on(tmp_path: Path) -> None:
+    pairs = [PAIR] * 3 + [pair for pair, _ in BAD_PAIRS]
+    write_img2dataset(tmp_path / "captions", [pairs])
+    write_llava(tmp_path, good_rows(5))
+    write_manifest(tmp_path)
+    with pytest.raises(UserError, match=r"of 1\d+ samples had to be dropped .*, more than max_bad_fraction=0.01"):
+        prepare(config(tmp_path, min_samples_before_stop=10))
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert ledger["dropped"] == {"captions": tally(BAD_PAIRS)}
+    assert ledger["seen"] == ledger["used"] + len(BAD_PAIRS)
+    prepare(config(tmp_path, min_samples_before_stop=10, max_bad_fraction=0.9))

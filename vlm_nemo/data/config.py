@@ -68,3 +68,7 @@ class PrepareConfig:
     """Processes that convert shards."""
     tokenizer_vocab: int = 0
     """Train a BPE tokenizer of this many tokens on the texts and write it to out/tokenizer; 0 = do not."""
+    max_bad_fraction: float = 0.01
+    """Fail when more than this share of the raw samples cannot be used."""
+    min_samples_before_stop: int = 100
+    """Raw samples to see before max_bad_fraction is judged."""

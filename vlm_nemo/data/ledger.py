@@ -43,8 +43,11 @@ class Ledger:
     def total_dropped(self) -> int:
         return sum(n for reasons in self.dropped.values() for n in reasons.values())
 
-    def check(self, max_bad_fraction: float, min_samples: int) -> None:
-        """Raises UserError if more than `max_bad_fraction` of at least `min_samples` seen had to be dropped."""
+    def check(self, max_bad_fraction: float, min_samples: int, key: str = "data.max_bad_fraction") -> None:
+        """Raises UserError if more than `max_bad_fraction` of at least `min_samples` seen had to be dropped.
+
+        key: the limit's name in the configuration, for the message.
+        """
         bad = self.total_dropped
         if self.seen < min_samples or bad <= max_bad_fraction * self.seen:
             return
@@ -52,7 +55,7 @@ class Ledger:
         listed = ", ".join(f"{source}: {n} {reason}" for n, source, reason in sorted(counts, reverse=True))
         raise UserError(
             f"{bad} of {self.seen} samples had to be dropped ({listed}), more than "
-            f"data.max_bad_fraction={max_bad_fraction:g}; mend the data or raise the limit"
+            f"{key}={max_bad_fraction:g}; mend the data or raise the limit"
         )
 
     def to_json(self) -> dict[str, Any]:

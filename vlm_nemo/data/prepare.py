@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm_nemo.data.bpe import train_tokenizer
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.convert import Pool, Task
+from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.raw import KINDS
 from vlm_nemo.data.shards import FORMAT, MANIFEST, ShardFolder
 from vlm_nemo.types import IMAGE_MARKER, UserError
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 SAVE_SECONDS = 5.0
 """How often the manifest of an unfinished source is written."""
 TOKENIZER = "tokenizer"
+LEDGER = "ledger.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,9 @@ class RawSource:
 def prepare(cfg: PrepareConfig) -> dict[str, dict[str, Any]]:
     """Convert every source of cfg.manifest to shards under cfg.out; returns {source: its manifest}.
 
-    Samples that cannot be used are logged by name and counted in the manifest under `dropped`. Raises UserError if
-    the manifest is wrong, a raw tar is damaged, or no sample of a source is left.
+    Samples that cannot be used are logged by name and counted, in each source's manifest and in out/ledger.json.
+    Raises UserError if the manifest is wrong, a raw tar is damaged, no sample of a source is left, or more than
+    cfg.max_bad_fraction had to be dropped (what was converted is kept: a higher limit goes on from there).
     """
     if cfg.shard_samples < 1 or cfg.workers < 1:
         raise UserError(f"shard_samples={cfg.shard_samples} and workers={cfg.workers} must be at least 1")
@@ -62,6 +65,9 @@ def prepare(cfg: PrepareConfig) -> dict[str, dict[str, Any]]:
         pool = Pool(cfg.workers, stack)
         for source in sources:
             manifests[source.name] = _prepare_source(source, out / source.name, cfg, pool, console)
+    ledger = _ledger(manifests)
+    (out / LEDGER).write_text(json.dumps(ledger.to_json(), indent=1) + "\n", encoding="utf-8")
+    ledger.check(cfg.max_bad_fraction, cfg.min_samples_before_stop, key="max_bad_fraction")
     if cfg.tokenizer_vocab:
         learned = {source.name: manifests[source.name] for source in sources if not source.held_out}
         _prepare_tokenizer(out, learned, cfg.tokenizer_vocab, console)
@@ -198,6 +204,17 @@ def _save(folder: Path, manifest: dict[str, Any]) -> None:
     part = folder / (MANIFEST + ".part")
     part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, folder / MANIFEST)
+
+
+def _ledger(manifests: dict[str, dict[str, Any]]) -> Ledger:
+    """All sources' samples, in the same form as a training run's ledger."""
+    return Ledger.from_json(
+        {
+            "seen": sum(m["seen"] for m in manifests.values()),
+            "used": sum(m["records"] for m in manifests.values()),
+            "dropped": {name: m["dropped"] for name, m in manifests.items() if m["dropped"]},
+        }
+    )
 
 
 def _tally(dropped: dict[str, int]) -> str:

@@ -78,27 +78,29 @@ def _figure(record: Answered) -> str:
 
 
 def write_contact_sheet(path: Path, records: Sequence[Answered], columns: int = 6, side: int = 200) -> None:
-    """A PNG of the first image of each question with its text under it: green where right, red where wrong."""
-    font = ImageFont.load_default(15)
-    text_height, gap = 96, 14
-    count = max(1, len(records))
-    columns = min(columns, count)
-    lines = -(-count // columns)
+    """A PNG of the questions with their images and text: the answer green where right, red beside the truth if not."""
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    text_height, gap = 84, 14
+    columns = min(columns, max(1, len(records)))
+    lines = -(-max(1, len(records)) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, lines * (side + text_height + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, record in enumerate(records):
         x = gap + (i % columns) * (side + gap)
         y = gap + (i // columns) * (side + text_height + gap)
-        width = side // len(record.question.images)
+        count = len(record.question.images)
+        each = (side - 4 * (count - 1)) // count
+        draw.rectangle((x, y, x + side - 1, y + side - 1), fill="#eeeeee")
         for j, data in enumerate(record.question.images):
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
-            sheet.paste(picture.resize((width - 2 * (j > 0), width), Image.Resampling.NEAREST), (x + j * width, y))
-        below = y + side + 4
-        for line in textwrap.wrap(question_text(record), 27)[:3]:
+            picture = Image.open(io.BytesIO(data)).convert("RGB").resize((each, each), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x + j * (each + 4), y + (side - each) // 2))
+        draw.text((x, y + side + 4), record.question.kind, fill="#888888", font=small)
+        below = y + side + 20
+        for line in textwrap.wrap(question_text(record), 27)[:2]:
             draw.text((x, below), line, fill="#222222", font=font)
             below += 18
-        colour = "#176b2c" if record.correct else "#b3261e"
         said = record.answer or "(nothing)"
+        colour = "#176b2c" if record.correct else "#b3261e"
         draw.text((x, below), said if record.correct else f"{said}  ({record.question.truth})", fill=colour, font=font)
     sheet.save(path)
 

@@ -70,31 +70,32 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
     """Causal attention inside every segment, through the rectangles. [T, heads, d] -> [T, heads, d]."""
-    assert segments.cell_of_token is not None
-    k, v = _repeat_kv(q, k, v)
-    heads, d = q.shape[1:]
-    joined = torch.cat((q, k, v), dim=1).flatten(1)
-    cells = torch.cat([r.flatten() for r in segments.rectangles])
-    spread = _Spread.apply(joined, cells, segments.cell_of_token)
+    assert segments.cells is not None and segments.cell_of_token is not None
+    groups = q.shape[1] // k.shape[1]
+    spread = [_Spread.apply(x.flatten(1), segments.cells, segments.cell_of_token) for x in (q, k, v)]
     outputs, start = [], 0
-    for rectangle in segments.rectangles:
-        rows, length = rectangle.shape
-        block = spread[start : start + rows * length].view(rows, length, 3, heads, d)
-        start += rows * length
-        qr, kr, vr = (block[:, :, i].transpose(1, 2) for i in range(3))
+    for rows, length in segments.rectangles:
+        cut = slice(start, start + rows * length)
+        start = cut.stop
+        qr, kr, vr = (x[cut].view(rows, length, -1, q.shape[2]).transpose(1, 2) for x in spread)
+        if groups > 1:
+            kr, vr = kr.repeat_interleave(groups, dim=1), vr.repeat_interleave(groups, dim=1)
         out = F.scaled_dot_product_attention(qr, kr, vr, is_causal=True, scale=scale)
-        outputs.append(out.transpose(1, 2).reshape(rows * length, heads * d))
-    gathered = _Gather.apply(torch.cat(outputs), cells, segments.cell_of_token)
-    return gathered.view(-1, heads, d)
+        outputs.append(out.transpose(1, 2).reshape(rows * length, -1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _Gather.apply(joined, segments.cells, segments.cell_of_token).view_as(q)
 
 
 class _Spread(torch.autograd.Function):
-    """Tokens -> cells. Every token has exactly one cell, so the gradient is a plain gather, not a scatter-add."""
+    """Tokens -> cells. A cell without a token repeats token 0: it lies behind its sample, where no token looks.
+
+    Every token has exactly one cell of its own, so the gradient is a plain gather, not a scatter-add.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cells: Tensor, cell_of_token: Tensor) -> Tensor:
         ctx.save_for_backward(cell_of_token)
-        return torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, cells)
+        return x.index_select(0, cells)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -103,17 +104,18 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Cells -> tokens, the inverse of _Spread; cells without a token get no gradient."""
+    """Cells -> tokens, the inverse of _Spread; a cell without a token gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cells: Tensor, cell_of_token: Tensor) -> Tensor:
-        ctx.save_for_backward(cells)
+        ctx.save_for_backward(cells, cell_of_token)
         return x.index_select(0, cell_of_token)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (cells,) = ctx.saved_tensors
-        return torch.cat((grad, grad.new_zeros(1, grad.shape[1]))).index_select(0, cells), None, None
+        cells, cell_of_token = ctx.saved_tensors
+        out = grad.new_zeros(cells.shape[0], grad.shape[1])
+        return out.index_copy_(0, cell_of_token, grad), None, None
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:

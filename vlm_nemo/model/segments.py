@@ -4,15 +4,15 @@ On CUDA in half precision the row goes to a variable-length kernel as it is. Eve
 as a few rectangles, one sample a row, so that ordinary causal attention runs on each and no mask over T x T is made:
 
     cu = [0, 2, 5, 9]     lengths 2, 3, 4
-    rectangle 0 (<= 4)    rows [0 1 . .] [2 3 4 .] [5 6 7 8]      '.' is the sentinel T, a row of zeros
+    one rectangle of 3 x 4    [0 1 . .] [2 3 4 .] [5 6 7 8]      '.' is a cell without a token
 
-Lengths within a factor of two share a rectangle, so at most half of it is sentinel.
+Lengths within a factor of two share a rectangle, so less than half of it is empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,30 +23,20 @@ from torch import Tensor
 class Segments(PackedSeqParams):
     """megatron's packed parameters, with the rectangles beside them. T tokens, all tensors on the model's device."""
 
-    rectangles: list[Tensor] = field(default_factory=list)
-    """each [rows, length] int64: token of every cell, T where there is none"""
+    rectangles: list[tuple[int, int]] = field(default_factory=list)
+    """rows and length of each; their cells follow one another in `cells`"""
+    cells: Tensor | None = None
+    """[C] int64: the token of every cell, 0 where there is none"""
     cell_of_token: Tensor | None = None
-    """[T] int64: where each token lies in the flattened, concatenated rectangles"""
+    """[T] int64: the cell of every token"""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """The same, every tensor through `move`."""
-        assert self.cell_of_token is not None
-        rectangles = [move(rectangle) for rectangle in self.rectangles]
-        return segments_from(move(self.cu_seqlens_q), self.max_seqlen_q, rectangles, move(self.cell_of_token))
-
-
-def segments_from(cu: Tensor, longest: int, rectangles: list[Tensor], cell_of_token: Tensor) -> Segments:
-    # "sbhd": megatron must keep the row as [T, 1, ...] and apply the rotary table row by row; its own "thd" path
-    # reads cu_seqlens back to the host in every layer.
-    return Segments(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu,
-        cu_seqlens_kv=cu,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        rectangles=rectangles,
-        cell_of_token=cell_of_token,
-    )
+        assert self.cells is not None and self.cell_of_token is not None
+        cu = move(self.cu_seqlens_q)
+        return replace(
+            self, cu_seqlens_q=cu, cu_seqlens_kv=cu, cells=move(self.cells), cell_of_token=move(self.cell_of_token)
+        )
 
 
 def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
@@ -65,15 +55,27 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
     lengths = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
     starts = torch.tensor(bounds[:-1])
     bucket = torch.ceil(torch.log2(lengths.float())).long()
-    rectangles, cell_of_token, offset = [], torch.empty(total, dtype=torch.int64), 0
+    rectangles, cells, cell_of_token, offset = [], [], torch.empty(total, dtype=torch.int64), 0
     for b in bucket.unique().tolist():
         rows = (bucket == b).nonzero().flatten()
         length = int(lengths[rows].max())
         column = torch.arange(length)
-        cells = starts[rows, None] + column
+        tokens = starts[rows, None] + column
         inside = column < lengths[rows, None]
-        rectangles.append(torch.where(inside, cells, total))
-        cell_of_token[cells[inside]] = offset + torch.arange(cells.numel()).reshape(cells.shape)[inside]
-        offset += cells.numel()
+        rectangles.append((len(rows), length))
+        cells.append(torch.where(inside, tokens, 0).flatten())
+        cell_of_token[tokens[inside]] = offset + inside.flatten().nonzero().flatten()
+        offset += tokens.numel()
     cu_out = torch.tensor(bounds, dtype=torch.int32)
-    return segments_from(cu_out, longest, rectangles, cell_of_token)
+    # "sbhd": megatron must keep the row as [T, 1, ...] and apply the rotary table row by row; its own "thd" path
+    # reads cu_seqlens back to the host in every layer.
+    return Segments(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_out,
+        cu_seqlens_kv=cu_out,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        rectangles=rectangles,
+        cells=torch.cat(cells),
+        cell_of_token=cell_of_token,
+    )
