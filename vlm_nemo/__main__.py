@@ -1,4 +1,4 @@
-"""`python -m vlm_nemo VERB …`, for torchrun and launch/local.sh. Guarded: checkpoint writers are spawned processes."""
+"""`python -m vlm_nemo VERB …`, for torchrun and launch/local.sh. Guarded: prepare's workers import it again."""
 
 from vlm_nemo.cli import entry
 

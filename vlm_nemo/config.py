@@ -73,8 +73,8 @@ class GenerateRoot:
     """What to ask. Each image stands where `<image>` does; without any marker the images come first."""
     image: list[str] = field(default_factory=list, metadata={"literal": True})
     """A file, or [a.jpg,b.jpg] for several; none = text only."""
-    precision: str = field(default="bf16", metadata={"choices": PRECISIONS})
-    """Type of weights and activations."""
+    precision: str = field(default="auto", metadata={"choices": ("auto", *PRECISIONS)})
+    """Type of weights and activations; auto = as the checkpoint was trained."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     infer: InferConfig = field(default_factory=InferConfig)

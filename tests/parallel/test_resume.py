@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from tests.ranks import run_ranks
 
 STEPS = 10
 
@@ -85,10 +86,10 @@ def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path) -
             assert norm == pytest.approx(true_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_ends_well(shards: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "ranks"), [("SIGINT", 1), ("SIGTERM", 2), ("SIGUSR1", 1), ("SIGUSR2", 2)])
+def test_a_signal_saves_and_ends_well(shards: Path, tmp_path: Path, name: str, ranks: int) -> None:
     """Exit code 0, a line that says so, a checkpoint at the step that was under way."""
-    command = ["launch/local.sh", "1", "train", *words(shards, tmp_path, "trainer.steps=100000")]
+    command = ["launch/local.sh", str(ranks), "train", *words(shards, tmp_path, "trainer.steps=100000")]
     process = subprocess.Popen(
         command, cwd=runs.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
     )
@@ -103,6 +104,59 @@ def test_a_signal_saves_and_ends_well(shards: Path, tmp_path: Path, name: str) -
     assert f"{name}: stopped after step" in errors
     last = runs.trace(tmp_path)[-1][0]
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == f"step_{last:06d}"
+
+
+def signalled_run(words: list[str]) -> int:
+    """Rank 1 alone gets a SIGTERM, right after the ranks agreed to go on: the last step that it did."""
+    import importlib
+
+    from vlm_nemo import cli
+    from vlm_nemo.train.trainer import Trainer
+
+    judge, done = Trainer._judge, []
+
+    def judging(self: Trainer) -> None:
+        judge(self)
+        done.append(self)
+        if len(done) == 2 and self.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    importlib.import_module("vlm_nemo.train.trainer").Trainer._judge = judging
+    assert cli.main(["train", *words]) == 0
+    return len(done)
+
+
+def test_a_signal_to_one_rank_between_two_steps_stops_all_at_the_same_step(shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(signalled_run, 2, words(shards, tmp_path)) == [3, 3]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000003"
+    assert [step for step, _, _ in runs.trace(tmp_path)] == [1, 2, 3]
+
+
+def skipping_run(words: list[str], bad_step: int) -> None:
+    """A run in which one step's gradient is not finite."""
+    from vlm_nemo import cli
+    from vlm_nemo.train import step as steps
+
+    real, calls = steps.update, []
+
+    def update(optimizer, clip):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        if len(calls) == bad_step:
+            return float("nan"), False
+        return real(optimizer, clip)
+
+    steps.update = update
+    assert cli.main(["train", *words]) == 0
+
+
+def test_resume_after_a_skipped_step_is_bitwise_equal(shards: Path, tmp_path: Path) -> None:
+    """AdamW counts its updates, not the run's steps."""
+    run_ranks(skipping_run, 1, words(shards, tmp_path / "whole"), 2)
+    run_ranks(skipping_run, 1, words(shards, tmp_path / "broken", "trainer.stop_at=4"), 2)
+    runs.vlm_nemo("train", *words(shards, tmp_path / "broken"))
+    whole, broken = runs.trace(tmp_path / "whole"), runs.trace(tmp_path / "broken")
+    assert [m["skipped"] for m in runs.metrics(tmp_path / "whole")] == [0, 1] + [0] * 8
+    assert whole[1][2] is None and broken == whole
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole: Path, shards: Path, tmp_path: Path) -> None:

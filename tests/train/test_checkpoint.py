@@ -37,13 +37,20 @@ def extras(folder: Path) -> None:
 def save(folder: Path, step: int, ranks: Ranks, keep: int = 0) -> Path:
     """A checkpoint whose weights are a function of the step."""
     return checkpoint.save(
-        folder, step, ranks=ranks, chunks=model(step), optimizer=None, state={}, write_extras=extras, keep=keep
+        folder,
+        step,
+        ranks=ranks,
+        chunks=model(step),
+        optimizer=None,
+        state={"updates": step},
+        write_extras=extras,
+        keep=keep,
     )
 
 
 def holds(path: Path, step: int, ranks: Ranks) -> bool:
     found, expected = model(999), model(step)
-    checkpoint.load_weights(path, found, ranks)
+    checkpoint.load_weights(path, found)
     pairs = zip(found[0].parameters(), expected[0].parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -69,7 +76,7 @@ class Crash(Exception):
     """Power fails here."""
 
 
-@pytest.mark.parametrize("point", range(7))
+@pytest.mark.parametrize("point", range(14))
 def test_a_crash_at_any_point_leaves_a_checkpoint_that_loads(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, point: int
 ) -> None:
@@ -93,6 +100,7 @@ def test_a_crash_at_any_point_leaves_a_checkpoint_that_loads(
             (checkpoint, "_write_json"),
             (Path, "rename"),
             (Path, "replace"),
+            (checkpoint, "_sync"),
             (shutil, "rmtree"),
         ):
             patch.setattr(owner, name, crashing(getattr(owner, name)))
@@ -121,7 +129,7 @@ def test_damage_is_named(tmp_path: Path, ranks: Ranks, fault: str) -> None:
         file.unlink()
     assert checkpoint.verify(path) == ["weights/rank_00000.safetensors"]
     with pytest.raises(UserError, match=r"damaged: weights/rank_00000.safetensors; use an earlier step"):
-        checkpoint.load_weights(path, model(2), ranks)
+        checkpoint.check(path, ranks)
 
 
 def test_another_model_is_refused_by_name_and_shape(tmp_path: Path, ranks: Ranks) -> None:
@@ -129,4 +137,22 @@ def test_another_model_is_refused_by_name_and_shape(tmp_path: Path, ranks: Ranks
     wider = tiny.tiny_model()
     wider.language.ffn_hidden_size = 96
     with pytest.raises(UserError, match=r"mlp.linear_fc1.weight is \[96, 32\] in the checkpoint but \[192, 32\]"):
-        checkpoint.load_weights(path, build_model(wider, ParallelConfig(), "fp32", 0), ranks)
+        checkpoint.load_weights(path, build_model(wider, ParallelConfig(), "fp32", 0))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": []}', '{"files": [{"file": "state.json"}]}'])
+def test_a_damaged_manifest_is_damage(tmp_path: Path, ranks: Ranks, content: str) -> None:
+    path = save(tmp_path, 1, ranks)
+    (path / "manifest.json").write_text(content)
+    assert checkpoint.verify(path, ranks) == ["manifest.json"]
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        checkpoint.resumable(tmp_path, ranks)
+
+
+def test_resumable_sets_the_damaged_one_aside(tmp_path: Path, ranks: Ranks) -> None:
+    assert checkpoint.resumable(tmp_path, ranks) is None
+    save(tmp_path, 1, ranks)
+    (save(tmp_path, 2, ranks) / "config.yaml").unlink()
+    found = checkpoint.resumable(tmp_path, ranks)
+    assert found is not None and found.path.name == "step_000001"
+    assert (tmp_path / ".step_000002.damaged").is_dir() and not (tmp_path / "step_000002").exists()

@@ -95,7 +95,7 @@ def test_gradient_does_not_depend_on_micro_batches() -> None:
         ]
         for chunk in model:
             chunk.zero_grad_buffer()
-        step.run_schedule(model, batches, forward_only=False)
+        step.run_schedule(model, batches)
         gradients.append({n: p.main_grad.clone() for n, p in chunks[0].named_parameters()})
         del optimizer
     for name, reference in gradients[0].items():

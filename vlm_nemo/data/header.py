@@ -6,7 +6,6 @@ Nothing is allocated for pixels before these checks: a 62 KB file may claim 65,5
 from __future__ import annotations
 
 import io
-import struct
 from typing import NamedTuple
 
 import simplejpeg
@@ -25,8 +24,8 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": 
 TRANSPOSED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 _ORIENTATION = 0x0112
-PIL_ERRORS = (OSError, ValueError, SyntaxError, KeyError, IndexError, struct.error, Image.DecompressionBombError)
-"""What PIL raises on files that are not what they claim to be."""
+PIL_ERRORS = (Exception,)
+"""What PIL raises on files that are not what they claim to be: its plugins let anything through, TypeError too."""
 
 
 class Header(NamedTuple):

@@ -20,6 +20,8 @@ class Ledger:
         self.used = 0
         self.dropped: dict[str, dict[str, int]] = {}
         """{source: {reason: n}}"""
+        self.quiet = False
+        """Count, but do not log names: for all ranks but one."""
         self._named: set[Drop] = set()
 
     def add(self, *, seen: int, used: int, drops: Iterable[Drop]) -> None:
@@ -35,7 +37,7 @@ class Ledger:
         for drop in drops:
             reasons = self.dropped.setdefault(drop.source, {})
             reasons[drop.reason] = reasons.get(drop.reason, 0) + 1
-            if drop not in self._named:
+            if not self.quiet and drop not in self._named:
                 self._named.add(drop)
                 log.warning("dropped %s %s: %s", drop.source, drop.key, drop.reason)
 

@@ -128,6 +128,10 @@ class ShardReader:
             raise UserError(
                 f"shard {tar} has {size} bytes, its index was made for {expected}; run `vlm-nemo prepare` again"
             )
+        for what in ("record", "image"):
+            offset, length = columns[f"{what}_offset"], columns[f"{what}_size"]
+            if len(offset) and (offset.min() < tarfile.BLOCKSIZE or length.min() < 0 or (offset + length).max() > size):
+                raise UserError(f"the index of shard {tar} points outside of it; run `vlm-nemo prepare` again")
         # Lists, not arrays: an element of a list is an int already
         self._record_offset = columns["record_offset"].tolist()
         self._record_size = columns["record_size"].tolist()
@@ -144,14 +148,14 @@ class ShardReader:
         data = self._read(self._record_offset[number], self._record_size[number])
         try:
             content = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(BAD_JSON, str(error)) from None
         messages = content.get("messages") if isinstance(content, dict) else None
         if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
             raise SampleError(BAD_JSON, "messages is not a list of {role, content}")
         return Record(
             messages=messages,
-            kind=content.get("kind"),
+            kind=str(content["kind"]) if content.get("kind") is not None else None,
             source_id=str(content.get("source_id", "")),
             sizes=self._sizes[self._image_start[number] : self._image_start[number + 1]],
         )
@@ -194,6 +198,8 @@ class ShardFolder:
             shards, complete = [], True
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path / MANIFEST} is damaged ({error!r}); run `vlm-nemo prepare` again") from None
+        if bad := next((name for name, _ in shards if Path(name).name != name), None):
+            raise UserError(f"{self.path / MANIFEST} names the shard {bad!r}, which is not a file of that folder")
         if not complete:
             raise UserError(f"{key}={self.path} is half prepared; run `vlm-nemo prepare` again, it goes on from there")
         if not shards:

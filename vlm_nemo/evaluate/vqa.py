@@ -6,6 +6,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,9 +95,9 @@ def read_questions(path: str, limit: int | None) -> list[Question]:
 
 
 def swap_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """Every question with the images of another one of its kind and number of images, in a shuffled ring.
+    """Every question with the images of the next one of its kind and number of images, in a shuffled ring.
 
-    A question whose ring has only one member, or that has no image, is left out.
+    A question without images, or for which there are no others, is left out.
     """
     rings: dict[tuple[str, int], list[Question]] = defaultdict(list)
     for question in questions:
@@ -107,10 +108,11 @@ def swap_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
         ring = rings[key]
         order = list(range(len(ring)))
         random.Random(f"{seed}/{key}").shuffle(order)
-        for here, there in zip(order, order[1:] + order[:1], strict=True):
-            if here != there and ring[here].images != ring[there].images:
-                q = ring[here]
-                swapped.append(Question(kind=q.kind, messages=q.messages, truth=q.truth, images=ring[there].images))
+        for at, here in enumerate(order):
+            q = ring[here]
+            others = (ring[there].images for there in order[at + 1 :] + order[:at])
+            if (images := next((found for found in others if found != q.images), None)) is not None:
+                swapped.append(Question(kind=q.kind, messages=q.messages, truth=q.truth, images=images))
     return swapped
 
 
@@ -127,7 +129,7 @@ def answer_all(
     requests = []
     for question in questions:
         prompt = encode_prompt(list(question.messages), tokenizer, template, [spec.tokens] * len(question.images))
-        requests.append(Request(tokens=prompt, images=stack_images(question.images, spec)))
+        requests.append(Request(tokens=prompt, images=partial(stack_images, question.images, spec)))
     return [tokenizer.decode(ids).strip() for ids in engine.generate(requests, max_new_tokens, progress)]
 
 

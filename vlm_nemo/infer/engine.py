@@ -39,8 +39,8 @@ class Request:
 
     tokens: Sequence[int]
     """Prompt ids, every image as its placeholders."""
-    images: Tensor
-    """[n, 3, S, S] uint8"""
+    images: Callable[[], Tensor]
+    """Decodes them, [n, 3, S, S] uint8; called when the request's turn comes, on the ranks that need it"""
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,7 @@ class Engine:
                 EncodedSample(
                     tokens=[*request.tokens, *[self.pad_token] * room],
                     labels=[IGNORE_INDEX] * (len(request.tokens) + room),
-                    images=request.images,
+                    images=request.images(),
                 )
                 for request in row
             ],

@@ -3,16 +3,17 @@
 On CUDA in half precision the row goes to a variable-length kernel as it is. Everywhere else the samples are laid out
 as a few rectangles, one sample a row, so that ordinary causal attention runs on each and no mask over T x T is made:
 
-    cu = [0, 2, 5, 9]     lengths 2, 3, 4
-    one rectangle of 3 x 4    [0 1 . .] [2 3 4 .] [5 6 7 8]      '.' is a cell without a token
+    cu = [0, 3, 7, 11]    lengths 3, 4, 4
+    one rectangle of 3 x 4    [0 1 2 .] [3 4 5 6] [7 8 9 10]      '.' is a cell without a token
 
 Lengths within a factor of two share a rectangle, so less than half of it is empty.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -33,10 +34,10 @@ class Segments(PackedSeqParams):
     def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """The same, every tensor through `move`."""
         assert self.cells is not None and self.cell_of_token is not None
-        cu = move(self.cu_seqlens_q)
-        return replace(
-            self, cu_seqlens_q=cu, cu_seqlens_kv=cu, cells=move(self.cells), cell_of_token=move(self.cell_of_token)
-        )
+        moved = copy.copy(self)
+        moved.cu_seqlens_q = moved.cu_seqlens_kv = move(self.cu_seqlens_q)
+        moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
+        return moved
 
 
 def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:

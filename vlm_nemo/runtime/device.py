@@ -40,6 +40,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def exact_fp32() -> None:
+    """No TF32: the rotary angles are an fp32 matrix product, and at position 4096 TF32 would turn them by a radian."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch and megatron's per-tensor-rank generators. Call after the process groups exist."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

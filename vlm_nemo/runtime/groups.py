@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.types import UserError
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -25,7 +26,6 @@ class Ranks:
     tensor_rank: int
     pipeline: int
     pipeline_rank: int
-    virtual: int
     data: int
     data_rank: int
 
@@ -52,7 +52,11 @@ def start(parallel: ParallelConfig, seed: int) -> Ranks:
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device.on_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise UserError(f"local rank {local} finds only {there} GPUs on this machine; start {there} ranks a node")
+        torch.cuda.set_device(local)
+        device.exact_fp32()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.on_cuda() else "gloo"
         if world == 1:
@@ -82,7 +86,6 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline=parallel.pipeline,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        virtual=parallel.virtual,
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
     )
@@ -116,13 +119,6 @@ def data_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
-
-
-def tensor_group() -> dist.ProcessGroup:
-    """Ranks that share the layers of one pipeline stage."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_group()
 
 
 def last_stage_rank() -> int:

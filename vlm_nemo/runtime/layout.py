@@ -26,6 +26,7 @@ def check_layout(
     """
     _check_sizes(parallel)
     if model is not None:
+        _check_heads(model)
         _check_tensor(parallel, model)
         _check_pipeline(parallel, model)
     _check_world(parallel, world_size, global_packs)
@@ -49,6 +50,18 @@ def _check_sizes(parallel: ParallelConfig) -> None:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1; raise parallel.tensor or set it to false")
     if parallel.virtual > 1 and parallel.pipeline == 1:
         raise UserError(f"parallel.virtual={parallel.virtual} needs parallel.pipeline > 1; set parallel.virtual=1")
+
+
+def _check_heads(model: ModelConfig) -> None:
+    """Widths must split into heads, and query heads into groups that share a key and a value."""
+    for whole, key, size in (
+        (model.language.hidden_size, "model.language.num_heads", model.language.num_heads),
+        (model.language.num_heads, "model.language.num_kv_heads", model.language.num_kv_heads),
+        (model.vision.hidden_size, "model.vision.num_heads", model.vision.num_heads),
+    ):
+        if size < 1 or whole % size:
+            of = "num_heads" if key.endswith("kv_heads") else "hidden_size"
+            raise UserError(f"{key}={size} does not divide {key.rsplit('.', 1)[0]}.{of}={whole}; change either number")
 
 
 def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
@@ -104,9 +117,9 @@ def _check_world(parallel: ParallelConfig, world_size: int, global_packs: int | 
             f"data.global_packs={global_packs}; start {fewer * model_ranks} ranks or make data.global_packs "
             f"a multiple of {data_ranks}"
         )
-    if parallel.virtual > 1 and global_packs // data_ranks < parallel.pipeline:
+    if parallel.virtual > 1 and global_packs // data_ranks % parallel.pipeline:
         raise UserError(
-            f"the interleaved schedule needs at least parallel.pipeline={parallel.pipeline} packs a data-parallel rank "
-            f"and has {global_packs // data_ranks}; raise data.global_packs to {parallel.pipeline * data_ranks} "
-            "or set parallel.virtual=1"
+            f"the interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline} packs a data-parallel "
+            f"rank and has {global_packs // data_ranks}; make data.global_packs a multiple of "
+            f"{parallel.pipeline * data_ranks} or set parallel.virtual=1"
         )

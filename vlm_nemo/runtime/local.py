@@ -55,6 +55,8 @@ def launch(ranks: int, command: Sequence[str]) -> int:
             "MASTER_PORT": str(free_port()),
             "VLM_NEMO_STARTED": os.environ.get("VLM_NEMO_STARTED", str(int(time.time()))),
         }
+        # megatron-core's overlap of tensor-parallel communication relies on the order that this gives
+        common.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
         # A signal that comes while the ranks are being started waits until all can be told.
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)

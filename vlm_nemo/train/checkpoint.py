@@ -21,7 +21,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ class Saved:
     @property
     def step(self) -> int:
         return int(self.state["step"])
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates: steps less the skipped ones."""
+        return int(self.state["updates"])
 
 
 def step_folder(step: int) -> str:
@@ -85,6 +90,8 @@ def save(
         chunks_held = tensors.optimizer_chunks(parameters, optimizer_slices(optimizer))
         written.append(tensors.write(draft / "optimizer" / name, chunks_held))
     hashes = [_fingerprint(draft, path) for path in written if path is not None]
+    for path in written:
+        _sync(path)
     gathered: list[Any] = [None] * ranks.world
     dist.all_gather_object(gathered, hashes)
     if ranks.main:
@@ -92,7 +99,9 @@ def save(
         _write_json(draft / "state.json", {**state, "step": step})
         known = {entry["file"]: entry for entries in gathered for entry in entries}
         others = [p for p in sorted(draft.rglob("*")) if p.is_file() and str(p.relative_to(draft)) not in known]
-        known.update({entry["file"]: entry for entry in (_fingerprint(draft, p) for p in others)})
+        for path in others:
+            _sync(path)
+            known[str(path.relative_to(draft))] = _fingerprint(draft, path)
         _write_json(draft / "manifest.json", {"format": 1, "files": [known[k] for k in sorted(known)]})
         _publish(draft, final)
         _prune(folder, keep)
@@ -103,11 +112,12 @@ def save(
 def _publish(draft: Path, final: Path) -> None:
     """Make the finished draft the newest checkpoint."""
     draft.rename(final)
-    _sync_folder(final.parent)
+    _sync(final.parent)
     pointer = final.parent / ".latest.draft"
     pointer.write_text(final.name + "\n")
+    _sync(pointer)
     pointer.replace(final.parent / "latest")
-    _sync_folder(final.parent)
+    _sync(final.parent)
 
 
 def find(path: str | Path) -> Path:
@@ -133,15 +143,25 @@ def newest(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_STEP.search(p.name).group(1)), reverse=True)  # type: ignore[union-attr]
 
 
-def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
-    """Names of files that are missing, resized or altered; the ranks share the reading."""
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    share = files if ranks is None else files[ranks.rank :: ranks.world]
+def verify(path: Path, ranks: Ranks | None = None, only: tuple[str, ...] = ("",)) -> list[str]:
+    """Names of files that are missing, resized or altered; the ranks share the reading.
+
+    only: what the names of the files to look at begin with.
+    """
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        known = {entry["file"]: (entry["bytes"], entry["sha256"]) for entry in files}
+    except (OSError, ValueError, KeyError, TypeError):
+        return ["manifest.json"]
+    if "state.json" not in known or not any(name.startswith("weights/") for name in known):
+        return ["manifest.json"]
+    wanted = [name for name in known if name.startswith(only)]
     bad = []
-    for entry in share:
-        file = path / entry["file"]
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
-            bad.append(entry["file"])
+    for name in wanted if ranks is None else wanted[ranks.rank :: ranks.world]:
+        file = path / name
+        size, digest = known[name]
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+            bad.append(name)
     if ranks is None or ranks.world == 1:
         return bad
     gathered: list[Any] = [None] * ranks.world
@@ -149,9 +169,21 @@ def verify(path: Path, ranks: Ranks | None = None) -> list[str]:
     return [name for names in gathered for name in names]
 
 
+def check(path: Path, ranks: Ranks, only: tuple[str, ...] = ("",)) -> None:
+    """Raises UserError that names the damaged files among those that are about to be read."""
+    if bad := verify(path, ranks, only):
+        raise UserError(f"checkpoint {path} is damaged: {', '.join(bad[:5])}; use an earlier step")
+
+
 def resumable(folder: Path, ranks: Ranks) -> Saved | None:
-    """The newest intact checkpoint of this run. A damaged one is named and set aside, and the one before it tried."""
-    for path in newest(folder):
+    """The newest intact checkpoint of this run; None if it has none.
+
+    A damaged one is named and set aside, and the one before it tried. Raises UserError if all are damaged.
+    """
+    # One rank looks: on a network file system the others may see an older list.
+    found: list[Any] = [newest(folder) if ranks.main else None]
+    dist.broadcast_object_list(found)
+    for path in found[0]:
         bad = verify(path, ranks)
         if not bad:
             return read(path)
@@ -161,6 +193,8 @@ def resumable(folder: Path, ranks: Ranks) -> Saved | None:
             path.rename(aside)
             log.warning("%s is damaged (%s) and now %s; trying the one before", path, ", ".join(bad[:3]), aside.name)
         dist.barrier()
+    if found[0]:
+        raise UserError(f"every checkpoint in {folder} is damaged; remove the folder to start afresh")
     return None
 
 
@@ -169,15 +203,12 @@ def read(path: Path) -> Saved:
     return Saved(path=path, state=json.loads((path / "state.json").read_text()))
 
 
-def load_weights(path: Path, chunks: Sequence[nn.Module], ranks: Ranks, *, skip_parts: Sequence[str] = ()) -> None:
-    """Fill the model from a checkpoint written at any layout, after checking its hashes.
+def load_weights(path: Path, chunks: Sequence[nn.Module], *, skip_parts: Collection[str] = ()) -> None:
+    """Fill the model from a checkpoint written at any layout; `check` its files first.
 
-    skip_parts: parts (first word of a parameter's name) that keep the weights they have.
-    Raises UserError naming damaged files, missing tensors or other shapes.
+    skip_parts: parts that keep the weights they have.
+    Raises UserError naming missing tensors or other shapes.
     """
-    bad = verify(path, ranks)
-    if bad:
-        raise UserError(f"checkpoint {path} is damaged: {', '.join(bad[:5])}; use an earlier step")
     reader = tensors.Reader(path / "weights")
     wanted = [p for p in local_parameters(chunks) if p.part not in skip_parts]
     with torch.no_grad():
@@ -186,21 +217,25 @@ def load_weights(path: Path, chunks: Sequence[nn.Module], ranks: Ranks, *, skip_
                 view.copy_(reader.box("weight", box))
 
 
-def load_optimizer(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, step: int) -> None:
-    """Fill AdamW's state and the fp32 copies, at this layout, from a checkpoint of this run written at any layout."""
+def load_optimizer(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, updates: int) -> None:
+    """Fill AdamW's state and the fp32 copies, at this layout, from a checkpoint of this run written at any layout.
+
+    updates: how many the optimizer had applied; skipped steps do not count.
+    """
     reader = tensors.Reader(path / "optimizer")
     refresh_masters(optimizer)
     by_parameter = {id(p.parameter): p for p in local_parameters(chunks)}
     for held in optimizer_slices(optimizer):
         local = by_parameter[id(held.parameter)]
-        kinds = [*tensors.MOMENTS, *(["master"] if held.has_copy else [])]
-        for kind in kinds:
+        if held.has_copy:
+            flat = reader.flat("master", local, held.start, held.stop)
+            held.master.data.copy_(flat.view_as(held.master))
+        if updates == 0:
+            continue
+        for kind in tensors.MOMENTS:
             flat = reader.flat(kind, local, held.start, held.stop).to(held.master.device)
-            if kind == "master":
-                held.master.data.copy_(flat.view_as(held.master))
-            else:
-                held.state[kind] = flat.view_as(held.master).contiguous()
-        held.state["step"] = torch.tensor(float(step), device=held.master.device)
+            held.state[kind] = flat.view_as(held.master).contiguous()
+        held.state["step"] = torch.tensor(float(updates), device=held.master.device)
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -220,14 +255,14 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    _sync(path)
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path | None) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk and not only in memory."""
+    if path is None:
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

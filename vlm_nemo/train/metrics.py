@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,8 +59,10 @@ class MetricsWriter:
         self._cfg = cfg
         self._steps = steps
         history = [m for m in read_metrics(self._path) if m["step"] <= start]
-        self._losses = [(m["step"], m["loss"]) for m in history]
-        self._path.write_text("".join(json.dumps(m) + "\n" for m in history))
+        self._losses = [(m["step"], m["loss"]) for m in history if m["loss"] is not None]
+        draft = self._path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(m) + "\n" for m in history))
+        draft.replace(self._path)
         self._file = self._path.open("a", buffering=1)
         self._loggers = make_loggers(folder, cfg, config)
         self._bar: Progress | None = None
@@ -80,15 +83,18 @@ class MetricsWriter:
 
     def write(self, metrics: StepMetrics, seconds_per_step: float) -> None:
         """seconds_per_step: the recent mean, for the time left."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
-        self._losses.append((metrics.step, metrics.loss))
+        # JSON has no NaN: what is not finite is null
+        line = {k: v if v is None or math.isfinite(v) else None for k, v in asdict(metrics).items()}
+        self._file.write(json.dumps(line) + "\n")
+        if math.isfinite(metrics.loss):
+            self._losses.append((metrics.step, metrics.loss))
         for logger in self._loggers:
-            numbers = {k: v for k, v in asdict(metrics).items() if v is not None and k != "step"}
+            numbers = {k: v for k, v in line.items() if v is not None and k != "step"}
             logger.log(numbers, metrics.step)
         if self._bar is not None:
             speed = f"{metrics.tokens_per_s:,.0f}"
             self._bar.update(self._task, completed=metrics.step, loss=f"{metrics.loss:.4f}", speed=speed)
-        elif metrics.step % self._cfg.every == 0 or metrics.step == self._steps:
+        elif metrics.step % max(1, self._cfg.every) == 0 or metrics.step == self._steps:
             left = int((self._steps - metrics.step) * seconds_per_step)
             self.say(
                 f"step {metrics.step}/{self._steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "

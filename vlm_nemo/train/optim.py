@@ -57,6 +57,9 @@ def build_optimizer(
     one_dimensional = ParamPredicate(name="norm_or_bias", fn=lambda p: p.ndim == 1)
     overrides[ParamKey(predicate=one_dimensional)] = {"wd_mult": 0.0}
     _foreach_gradient_norm()
+    # One AdamW everywhere: TransformerEngine's and apex's keep their step count elsewhere, so that a checkpoint would
+    # resume with another bias correction where they are installed.
+    mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
     built = mcore_optimizer.get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

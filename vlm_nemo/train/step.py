@@ -59,13 +59,13 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    reports = run_schedule(model, rows, forward_only=False)
+    reports = run_schedule(model, rows)
     norm, applied = update(optimizer, clip)
     loss_sum, loss_tokens = torch.stack(reports).sum(0).tolist() if reports else (0.0, 0.0)
     return StepResult(loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied)
 
 
-def run_schedule(model: list[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool) -> list[Tensor]:
+def run_schedule(model: list[nn.Module], rows: Sequence[ModelBatch]) -> list[Tensor]:
     """megatron's schedule for the layout: no pipeline, 1F1B, or interleaved. Returns the last stage's reports."""
     iterators = [iter(rows) for _ in model]  # every virtual chunk walks the same rows
     return get_forward_backward_func()(
@@ -75,5 +75,5 @@ def run_schedule(model: list[nn.Module], rows: Sequence[ModelBatch], *, forward_
         num_microbatches=len(rows),
         seq_length=rows[0].tokens.shape[1],
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=False,
     )

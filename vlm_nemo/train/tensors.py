@@ -98,14 +98,13 @@ class Reader:
                 entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
                 chunk = Chunk(**entry)
                 self._chunks[chunk.kind, chunk.key].append((chunk, path, name))
-        if not self._files:
-            raise UserError(f"{folder} holds no tensor files")
 
     def box(self, kind: str, box: Box) -> Tensor:
         """The values of a box, [box.shape]. Raises UserError if they are not all there or the shapes differ."""
         found = self._chunks.get((kind, box.key), [])
         if not found:
-            raise UserError(f"the checkpoint has no {kind} of {box.key}: it is of another model")
+            why = "it is of another model" if kind == "weight" else "other precision or frozen parts"
+            raise UserError(f"the checkpoint has no {kind} of {box.key}: {why}")
         out: Tensor | None = None
         filled = 0
         for (offset, shape), parts in _by_box(found).items():

@@ -25,7 +25,7 @@ from vlm_nemo.model.vision import output_tokens
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
+from vlm_nemo.runtime.signals import StopRequest
 from vlm_nemo.train import checkpoint
 from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
 from vlm_nemo.train.flops import step_flops
@@ -60,8 +60,13 @@ class Trainer:
     """On the main rank only."""
     write_extras: Callable[[Path], None]
     """Adds config and tokenizer to a checkpoint; runs on one rank."""
+    request: StopRequest
+    clock: Callable[[], float]
+    """Seconds that the run's attempts took so far."""
     start: int = 0
     """The step that this run continues from."""
+    updates: int = 0
+    """Optimizer updates so far: steps less the skipped ones."""
 
     def run(self) -> int:
         """Train to `trainer.steps`, to `trainer.stop_at`, or to the step during which a signal came.
@@ -69,39 +74,42 @@ class Trainer:
         Returns the last step done. Raises UserError when the data's budget of bad samples is spent, or when the
         gradient is not finite for many steps in a row.
         """
-        steps, last = self.trainer_cfg.steps, self.trainer_cfg.stop_at or self.trainer_cfg.steps
-        last = min(steps, last)
+        steps = self.trainer_cfg.steps
+        last = min(steps, self.trainer_cfg.stop_at or steps)
         recent: deque[float] = deque(maxlen=20)
         skipped_in_a_row = 0
         step = saved = self.start
-        with stop_on_signals() as request:
-            while step < last and request.name is None:
-                step += 1
-                began = time.perf_counter()
-                data = self.loader.next()
-                batches = [self._to_model(row) for row in data.batches]
-                factor = set_rates(self.optimizer, self.optim_cfg, step, steps)
-                result = train_step(self.model, self.optimizer, batches, self.optim_cfg.clip_grad)
-                device.synchronize()
-                recent.append(time.perf_counter() - began)
-                metrics = self._summarise(step, data, result, factor, recent[-1], request)
-                if self.metrics is not None:
-                    self.metrics.write(metrics, sum(recent) / len(recent))
-                self._judge()
-                skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
-                if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                    raise UserError(
-                        f"the gradient was not finite for {skipped_in_a_row} steps up to step {step}; lower optim.lr, "
-                        "lengthen optim.warmup_steps, or look at the data"
-                    )
-                every = self.checkpoint_cfg.every
-                if every and step % every == 0 and step < last:
-                    self._save(step, data.state)
-                    saved = step
-            if step > saved:
+        # Ranks see a signal at different moments: only what they agreed on together may end the loop.
+        stopping = groups.max_over([self.request.name is not None])[0] > 0
+        while step < last and not stopping:
+            step += 1
+            began = time.perf_counter()
+            data = self.loader.next()
+            batches = [self._to_model(row) for row in data.batches]
+            factor = set_rates(self.optimizer, self.optim_cfg, step, steps)
+            result = train_step(self.model, self.optimizer, batches, self.optim_cfg.clip_grad)
+            self.updates += result.applied
+            device.synchronize()
+            recent.append(time.perf_counter() - began)
+            metrics, stopping = self._summarise(step, data, result, factor, recent[-1])
+            if self.metrics is not None:
+                self.metrics.write(metrics, sum(recent) / len(recent))
+            self._judge()
+            skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
+            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise UserError(
+                    f"the gradient was not finite for {skipped_in_a_row} steps up to step {step}; lower optim.lr, "
+                    "lengthen optim.warmup_steps, or look at the data"
+                )
+            every = self.checkpoint_cfg.every
+            if every and step % every == 0 and step < last and not stopping:
                 self._save(step, data.state)
-        if request.name is not None:
-            self._say(f"{request.name}: stopped after step {step} with a checkpoint; the same command goes on")
+                saved = step
+        if step > saved:
+            self._save(step, data.state)
+        if stopping:
+            name = self.request.name or "a signal to another rank"
+            self._say(f"{name}: stopped after step {step} with a checkpoint; the same command goes on")
         elif step < steps:
             self._say(f"stopped after step {step} (trainer.stop_at) with a checkpoint")
         return step
@@ -117,9 +125,9 @@ class Trainer:
         )
 
     def _summarise(
-        self, step: int, data: StepData, result: StepResult, factor: float, seconds: float, request: StopRequest
-    ) -> StepMetrics:
-        """The job's view of the step: one sum over all ranks, which also spreads a stop request."""
+        self, step: int, data: StepData, result: StepResult, factor: float, seconds: float
+    ) -> tuple[StepMetrics, bool]:
+        """The job's view of the step, and whether any rank was asked to stop: one sum over all ranks."""
         rates = part_rates(self.optim_cfg)
         # One tensor rank of each stage speaks: the first stage about the data, the last about the loss.
         tells_data = self.ranks.first_stage and self.ranks.tensor_rank == 0
@@ -141,15 +149,13 @@ class Trainer:
                 supervised * tells_data,
                 flops.total * tells_data,
                 len(data.local_drops) * tells_data,
-                request.name is not None,
+                self.request.name is not None,
             ]
         )
-        if stop and request.name is None:
-            request.name = "a signal to another rank"
         self._count(data, int(lost))
         waited = groups.max_over([self.loader.wait_s])[0]
-        peak = self.trainer_cfg.peak_tflops
-        return StepMetrics(
+        peak = self.trainer_cfg.peak_tflops if device.on_cuda() else None
+        metrics = StepMetrics(
             step=step,
             loss=loss_sum / loss_tokens if loss_tokens else math.nan,
             grad_norm=result.grad_norm,
@@ -162,6 +168,7 @@ class Trainer:
             data_wait_s=waited,
             skipped=int(not result.applied),
         )
+        return metrics, stop > 0
 
     def _count(self, data: StepData, lost: int) -> None:
         """Enter the step into the ledger. Drops found while decoding are known to one data rank each: share them."""
@@ -181,7 +188,7 @@ class Trainer:
             raise
 
     def _save(self, step: int, loader_state: dict[str, Any]) -> None:
-        state = {"loader": loader_state, "ledger": self.ledger.to_json(), "world": self.ranks.world}
+        state = {"loader": loader_state, "ledger": self.ledger.to_json(), "updates": self.updates}
         checkpoint.save(
             self.run_dir / "checkpoints",
             step,
@@ -195,6 +202,8 @@ class Trainer:
         self._write_ledger()
         if self.metrics is not None:
             self.metrics.plot()
+            spent = {"step": step, "steps": self.trainer_cfg.steps, "seconds": round(self.clock(), 2)}
+            (self.run_dir / "run.json").write_text(json.dumps(spent) + "\n")
 
     def _write_ledger(self) -> None:
         if self.ranks.main:

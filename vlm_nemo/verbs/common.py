@@ -47,6 +47,7 @@ class Loaded:
 
     def __init__(self, step_folder: Path, parallel: ParallelConfig, precision: str, ranks: Ranks) -> None:
         """Must run inside `device.adapter()`. Raises UserError for a damaged checkpoint or an unfit layout."""
+        checkpoint.check(step_folder, ranks, ("weights/", "tokenizer/", "config.yaml"))
         saved = checkpoint_config(step_folder)
         self.path = step_folder
         self.cfg: ModelConfig = model_config(saved)
@@ -54,8 +55,8 @@ class Loaded:
         self.tokenizer = Tokenizer(step_folder / "tokenizer")
         self.template: Template = TEMPLATES[saved["data"]["template"]]
         self.spec = spec_of(self.cfg.vision)
-        chunks = build_model(self.cfg, parallel, precision, seed=0, fresh=())
-        checkpoint.load_weights(step_folder, chunks, ranks)
+        chunks = build_model(self.cfg, parallel, saved["precision"] if precision == "auto" else precision, 0, fresh=())
+        checkpoint.load_weights(step_folder, chunks)
         self.engine = Engine(
             chunk=chunks[0],
             cfg=self.cfg,
@@ -74,6 +75,10 @@ def checkpoint_config(step_folder: Path) -> dict[str, Any]:
     content = yaml.safe_load((step_folder / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not {"model", "data"} <= set(content):
         raise UserError(f"{step_folder / 'config.yaml'} is not the configuration of a run")
+    if "${" in str(content):
+        raise UserError(
+            f"{step_folder / 'config.yaml'} holds an interpolation; a checkpoint's configuration is plain data"
+        )
     return content
 
 

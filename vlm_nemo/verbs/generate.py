@@ -34,7 +34,7 @@ def generate(cfg: GenerateRoot) -> None:
         assert cfg.checkpoint.load is not None  # the verb requires it
         loaded = Loaded(checkpoint.find(cfg.checkpoint.load), layout, cfg.precision, ranks)
         tokens = encode_prompt(messages, loaded.tokenizer, loaded.template, [loaded.spec.tokens] * len(images))
-        request = Request(tokens=tokens, images=stack_images(images, loaded.spec))
+        request = Request(tokens=tokens, images=lambda: stack_images(images, loaded.spec))
         (answer,) = loaded.engine.generate([request], cfg.infer.max_new_tokens)
         if ranks.main:
             print(loaded.tokenizer.decode(answer).strip())

@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -19,6 +18,7 @@ from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
+from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim
 from vlm_nemo.train.metrics import MetricsWriter
 from vlm_nemo.train.step import prepare_model
@@ -29,51 +29,33 @@ from vlm_nemo.verbs.common import check_vocabulary, set_up_logging, spec_of
 
 def train(cfg: Config) -> None:
     """Train as the configuration says, going on from the run's newest checkpoint if there is one."""
-    with device.adapter():
+    with device.adapter(), stop_on_signals() as request:
         ranks = groups.start(cfg.parallel, cfg.seed)
         set_up_logging(ranks.rank)
-        _train(cfg, ranks)
+        _train(cfg, ranks, request)
         groups.stop()
 
 
-def _train(cfg: Config, ranks: Ranks) -> None:
+def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
     began = time.perf_counter()
     run_dir = Path(cfg.run_dir)
     config_text = yaml.safe_dump(asdict(cfg), sort_keys=False)
-    if ranks.main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(config_text)
-    dist.barrier()
 
-    # 1. What there is to start from, checked before anything is built
+    # 1. What there is to start from and to read, checked before anything is built
     tokenizer = Tokenizer(cfg.data.tokenizer)
     check_vocabulary(tokenizer, cfg.model)
-    saved = checkpoint.resumable(run_dir / "checkpoints", ranks) if cfg.checkpoint.resume else None
+    if unknown := set(cfg.checkpoint.reset) - set(PARTS):
+        raise UserError(f"checkpoint.reset names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     if not cfg.checkpoint.resume and checkpoint.newest(run_dir / "checkpoints"):
         raise UserError(
             f"{run_dir} holds checkpoints of an earlier run and checkpoint.resume=false; name another run_dir, "
             "or remove that one"
         )
-    if unknown := set(cfg.checkpoint.reset) - set(PARTS):
-        raise UserError(f"checkpoint.reset names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
-    start = saved.step if saved else 0
+    saved = checkpoint.resumable(run_dir / "checkpoints", ranks) if cfg.checkpoint.resume else None
+    start, before = (saved.step, _seconds(run_dir)) if saved else (0, 0.0)
     origin = checkpoint.find(cfg.checkpoint.load) if cfg.checkpoint.load and not saved else None
-
-    # 2. The model, its weights, its optimizer
-    fresh = () if saved else cfg.checkpoint.reset if origin else PARTS
-    chunks = build_model(cfg.model, cfg.parallel, cfg.precision, cfg.seed, fresh)
-    if saved:
-        checkpoint.load_weights(saved.path, chunks, ranks)
-    elif origin:
-        checkpoint.load_weights(origin, chunks, ranks, skip_parts=cfg.checkpoint.reset)
-    optim.freeze(chunks, optim.part_rates(cfg.optim))
-    model = optim.wrap(chunks, cfg.parallel)
-    optimizer = optim.build_optimizer(cfg.optim, cfg.parallel, cfg.precision, model)
-    prepare_model(model)
-    if saved:
-        checkpoint.load_optimizer(saved.path, chunks, optimizer, saved.step)
-
-    # 3. The data, from where the run stands
+    if origin:
+        checkpoint.check(origin, ranks, ("weights/",))
     loader = Loader(
         cfg.data,
         spec_of(cfg.model.vision),
@@ -84,17 +66,35 @@ def _train(cfg: Config, ranks: Ranks) -> None:
         dp_size=ranks.data,
         state=saved.state["loader"] if saved else None,
     )
+    if ranks.main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config_text)
+    dist.barrier()
+
+    # 2. The model, its weights, its optimizer
+    fresh = () if saved else cfg.checkpoint.reset if origin else PARTS
+    chunks = build_model(cfg.model, cfg.parallel, cfg.precision, cfg.seed, fresh)
+    if source := saved.path if saved else origin:
+        checkpoint.load_weights(source, chunks, skip_parts=fresh)
+    optim.freeze(chunks, optim.part_rates(cfg.optim))
+    model = optim.wrap(chunks, cfg.parallel)
+    optimizer = optim.build_optimizer(cfg.optim, cfg.parallel, cfg.precision, model)
+    prepare_model(model)
+    if saved:
+        checkpoint.load_optimizer(saved.path, chunks, optimizer, saved.updates)
 
     def write_extras(folder: Path) -> None:
         (folder / "config.yaml").write_text(config_text)
         tokenizer.save(folder / "tokenizer")
 
-    # 4. The loop
+    # 3. The loop
     metrics = None
     if ranks.main:
         metrics = MetricsWriter(run_dir, cfg.log, steps=cfg.trainer.steps, start=start, config=asdict(cfg))
         if saved:
             metrics.say(f"going on from {saved.path} (step {start})")
+    ledger = Ledger.from_json(saved.state["ledger"]) if saved else Ledger()
+    ledger.quiet = not ranks.main  # all ranks keep the same ledger; one names the samples
     trainer = Trainer(
         run_dir=run_dir,
         model_cfg=cfg.model,
@@ -108,10 +108,13 @@ def _train(cfg: Config, ranks: Ranks) -> None:
         model=model,
         optimizer=optimizer,
         loader=loader,
-        ledger=Ledger.from_json(saved.state["ledger"]) if saved else Ledger(),
+        ledger=ledger,
         metrics=metrics,
         write_extras=write_extras,
+        request=request,
+        clock=lambda: before + time.perf_counter() - began,
         start=start,
+        updates=saved.updates if saved else 0,
     )
     try:
         last = trainer.run()
@@ -120,13 +123,10 @@ def _train(cfg: Config, ranks: Ranks) -> None:
         if metrics is not None:
             metrics.close()
     if ranks.main:
-        _write_times(run_dir, start, last, cfg.trainer.steps, time.perf_counter() - began)
         print(f"step {last} of {cfg.trainer.steps} done; see {run_dir}/loss.png, {run_dir}/checkpoints/latest")
 
 
-def _write_times(run_dir: Path, start: int, last: int, steps: int, seconds: float) -> None:
-    """run.json: what the run's attempts took together."""
+def _seconds(run_dir: Path) -> float:
+    """What the run's earlier attempts took, up to their last checkpoint."""
     path = run_dir / "run.json"
-    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() and start else {"seconds": 0.0}
-    total = round(before["seconds"] + (seconds if last > start else 0.0), 2)
-    path.write_text(json.dumps({"step": last, "steps": steps, "seconds": total}) + "\n")
+    return float(json.loads(path.read_text())["seconds"]) if path.is_file() else 0.0

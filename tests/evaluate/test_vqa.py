@@ -1,0 +1,51 @@
+"""The scores and their two witnesses, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlm_nemo.evaluate.gallery import choose
+from vlm_nemo.evaluate.vqa import Answered, Question, matches, score, swap_images
+
+
+def question(kind: str, truth: str, *images: bytes) -> Question:
+    return Question(kind=kind, messages=({"role": "user", "content": "?"},), truth=truth, images=images)
+
+
+def test_what_counts_as_equal() -> None:
+    assert matches(" Red. ", "red") and matches("two", "Two")
+    assert not matches("red circle", "red") and not matches("", "red")
+
+
+def test_scores_by_hand() -> None:
+    asked = [question("colour", t, b"1") for t in ("red", "red", "blue", "green")] + [question("count", "two", b"2")]
+    found = score(asked, ["red", "blue", "Blue.", "green", "three"], [(asked[0], "red"), (asked[1], "blue")])
+    assert found.accuracy == {"colour": 0.75, "count": 0.0}
+    assert found.chance == {"colour": 0.5, "count": 1.0}
+    assert found.swapped == {"colour": 0.5}
+    assert found.n == {"colour": 4, "count": 1}
+
+
+def test_swapped_images_are_another_question_s_of_the_same_kind() -> None:
+    asked = [question("a", str(i), bytes([i])) for i in range(9)]
+    asked += [question("b", str(i), bytes([100 + i]), b"x") for i in range(5)] + [question("a", "text only")]
+    swapped = swap_images(asked)
+    assert len(swapped) == 14
+    own = {(q.kind, q.truth): q.images for q in asked}
+    for q in swapped:
+        assert q.images != own[q.kind, q.truth]
+        assert any(q.images == other.images for other in asked if other.kind == q.kind)
+
+
+def test_the_same_image_is_no_swap() -> None:
+    assert swap_images([question("a", "1", b"same"), question("a", "2", b"same")]) == []
+    three = swap_images([question("a", "1", b"same"), question("a", "2", b"same"), question("a", "3", b"other")])
+    assert sorted(q.truth for q in three) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("count", [0, 3, 50])
+def test_the_gallery_shows_every_kind_in_turn(count: int) -> None:
+    records = [Answered(question=question(kind, "t", b"1"), answer="t") for kind in "aaaabbc"]
+    shown = choose(records, count)
+    assert len(shown) == min(count, 7)
+    assert [r.question.kind for r in shown[:3]] == ["a", "b", "c"][: min(count, 3)]
