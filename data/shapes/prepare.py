@@ -126,9 +126,9 @@ def conversation(options: Options, index: int, scene: Scene, neighbour: Scene) -
         asked = [(rng.choice(CAPTION_REQUESTS), text.caption(scene, rng, keyed=0.5))]
     else:
         asked = [(q.text, q.answer) for q in text.questions(scene, rng, 1 if way == "single" else rng.randint(5, 8))]
-        if way == "many" and rng.random() < 0.8:
-            described = rng.choice(CAPTION_REQUESTS), text.caption(scene, rng, keyed=0.9)
-            asked.insert(rng.randrange(len(asked) + 1), described)
+        if way == "many" and rng.random() < 0.3:
+            # Last: before the questions it would let them be answered from the text, without looking
+            asked.append((rng.choice(CAPTION_REQUESTS), text.caption(scene, rng, keyed=0.5)))
     asked[0] = (f"<image>\n{asked[0][0]}", asked[0][1])
     return row | {"conversations": turns(*asked)}
 

@@ -162,29 +162,31 @@ def ask_printed(scene: Scene, rng: random.Random) -> Question | None:
 
 
 ASK: tuple[Callable[[Scene, random.Random], Question | None], ...] = (
-    *(2 * (ask_colour, ask_shape, ask_position)),
-    *(3 * (ask_relation,)),
+    *(3 * (ask_colour, ask_shape, ask_position)),
+    ask_relation,
     ask_count,
     ask_size,
     ask_printed,
 )
-"""Drawn from at random; relations are ambiguous more often than not, so they get more draws."""
+"""Drawn from at random."""
 
 
 def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
     """At least one and up to `count` different questions about the scene.
 
-    Half of those that name a place are left out: what stands where is learned from the captions, early; finding a
-    thing by its shape or colour is the harder half of the work.
+    None can be answered from the ones before it, without looking: "What shape is red?", "star" would give away what
+    colour the star is. Most of those that name a place are left out: what stands where is learned early, from the
+    captions; finding a thing by its shape or colour is the harder half of the work.
     """
-    found: dict[str, Question] = {}
-    for _ in range(6 * count):
+    found: list[Question] = []
+    for _ in range(8 * count):
         question = rng.choice(ASK)(scene, rng)
-        if question and " at the " in question.text and rng.random() < 0.5:
+        if not question or (" at the " in question.text and rng.random() < 0.7):
             continue
-        if question and len(found) < count:
-            found.setdefault(question.text, question)
-    return list(found.values()) or [ask_count(scene, rng)]
+        said = " ".join(f"{q.text} {q.answer}" for q in found)
+        if len(found) < count and question.answer not in said:
+            found.append(question)
+    return found or [ask_count(scene, rng)]
 
 
 def ask_compare(scenes: Sequence[Scene], rng: random.Random) -> Question | None:
