@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,16 @@ def test_another_model_s_checkpoint_is_refused(stages: Path, shards: Path, tmp_p
     words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}", f"checkpoint={stages}/stage0"]
     done = runs.vlm_nemo("train", *words, "model.language.ffn_hidden_size=96", code=2)
     assert "error:" in done.stderr and "ffn" not in done.stdout and "in the checkpoint but" in done.stderr
+
+
+def test_another_tokenizer_s_checkpoint_is_refused(stages: Path, shards: Path, tmp_path: Path) -> None:
+    """Its ids would mean other words: the run would start from noise without a word."""
+    shutil.copytree(shards / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}/run", f"checkpoint={stages}/stage0"]
+    done = runs.vlm_nemo("train", *words, f"data.tokenizer={tmp_path}/tokenizer", code=2)
+    assert "is not the tokenizer that" in done.stderr and "checkpoint.reset" in done.stderr

@@ -90,6 +90,11 @@ class Tokenizer:
         """Text of `ids`; special tokens are skipped."""
         return self._fast.decode(list(ids), skip_special_tokens=True)
 
+    def same_as(self, folder: str | Path) -> bool:
+        """Whether `folder` holds the same tokenizer: its ids mean the same."""
+        other = Path(folder) / "tokenizer.json"
+        return other.is_file() and _read_json(other) == _read_json(self.folder / "tokenizer.json")
+
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files to `folder`."""
         target = Path(folder)

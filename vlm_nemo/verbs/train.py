@@ -55,7 +55,12 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
     start, before = (saved.step, _seconds(run_dir)) if saved else (0, 0.0)
     origin = checkpoint.find(cfg.checkpoint.load) if cfg.checkpoint.load and not saved else None
     if origin:
-        checkpoint.check(origin, ranks, ("weights/",))
+        checkpoint.check(origin, ranks, ("weights/", "tokenizer/"))
+        if "language" not in cfg.checkpoint.reset and not tokenizer.same_as(origin / "tokenizer"):
+            raise UserError(
+                f"data.tokenizer={cfg.data.tokenizer} is not the tokenizer that {origin} was trained with: its "
+                f"ids mean other words; use {origin}/tokenizer, or start the language model afresh with checkpoint.reset"
+            )
     loader = Loader(
         cfg.data,
         spec_of(cfg.model.vision),
