@@ -170,4 +170,4 @@ def test_another_tokenizer_s_checkpoint_is_refused(stages: Path, shards: Path, t
     file.write_text(json.dumps(content))
     words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}/run", f"checkpoint={stages}/stage0"]
     done = runs.vlm_nemo("train", *words, f"data.tokenizer={tmp_path}/tokenizer", code=2)
-    assert "is not the tokenizer that" in done.stderr and "checkpoint.reset" in done.stderr
+    assert "is not the tokenizer that" in done.stderr and "(checkpoint.reset)" in done.stderr

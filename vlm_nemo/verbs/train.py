@@ -59,7 +59,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
         if "language" not in cfg.checkpoint.reset and not tokenizer.same_as(origin / "tokenizer"):
             raise UserError(
                 f"data.tokenizer={cfg.data.tokenizer} is not the tokenizer that {origin} was trained with: its "
-                f"ids mean other words; use {origin}/tokenizer, or start the language model afresh with checkpoint.reset"
+                f"ids mean other words; use {origin}/tokenizer, or start the language afresh (checkpoint.reset)"
             )
     loader = Loader(
         cfg.data,
