@@ -9,7 +9,8 @@ COPY vlm_nemo vlm_nemo
 COPY conf conf
 COPY recipes recipes
 
-# --no-deps where a dependency would bring another torch; the rest is free of it.
+# --no-deps where a dependency would bring another torch; the rest is free of it and takes what fits the image.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir --no-deps megatron-core==0.16.1 . \
  && pip install --no-cache-dir psutil numpy webdataset "hydra-core>=1.3.2,<1.4" "omegaconf>=2.3,<2.4" tokenizers \
         safetensors pillow simplejpeg rich matplotlib pyyaml "wandb>=0.25" tensorboard

@@ -1,6 +1,6 @@
 # make demo    train a small vision-language model on this machine and show what it answers (DEMO=short: a few steps)
 # make test    run the tests
-# make check   lint, types, floors, shell scripts
+# make check   lint, types, floors, shell scripts, Dockerfile
 # make clean   remove caches (not .venv, not runs/)
 #
 # Each sets up what it needs in .venv. PYTHON=/path/to/python3.12 chooses the interpreter.
@@ -22,6 +22,7 @@ check: $(ready)
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/shellcheck launch/*.sh .ci/run
+	$(bin)/hadolint Dockerfile
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
