@@ -191,7 +191,8 @@ def test_validate_and_cfg_stop_before_the_work(capsys: pytest.CaptureFixture[str
         ),
         (dict(pipeline=2, virtual=4), 2, 8, r"parallel.pipeline=2 x parallel.virtual=4 is deeper than"),
         (dict(virtual=2), 1, 8, "parallel.virtual=2 needs parallel.pipeline > 1"),
-        (dict(pipeline=2, virtual=2), 4, 2, "the interleaved schedule needs .* raise data.global_packs to 4"),
+        (dict(pipeline=2, virtual=2), 4, 2, "the interleaved schedule .* make data.global_packs a multiple of 4 or"),
+        (dict(pipeline=2, virtual=2), 2, 3, "the interleaved schedule .* make data.global_packs a multiple of 2 or"),
         (dict(context=2), 2, 8, "parallel.context=2 is not supported by this version"),
         (dict(sequence=True), 1, 8, "parallel.sequence=true needs parallel.tensor > 1"),
         (dict(tensor=0), 1, 8, "parallel.tensor=0: the smallest is 1"),
@@ -210,6 +211,14 @@ def test_a_layout_that_does_not_fit(layout: dict[str, int], world: int, packs: i
     with pytest.raises(UserError, match=says) as caught:
         check_layout(ParallelConfig(**layout), tiny_model(), world_size=world, global_packs=packs, capacity=64)
     assert "\n" not in str(caught.value)
+
+
+def test_heads_that_do_not_fit_the_width() -> None:
+    for part, key, value in (("language", "num_kv_heads", 3), ("language", "num_heads", 5), ("vision", "num_heads", 3)):
+        model = tiny_model()
+        setattr(getattr(model, part), key, value)
+        with pytest.raises(UserError, match=rf"model.{part}.{key}={value} does not divide model.{part}\."):
+            check_layout(ParallelConfig(), model, world_size=1, global_packs=1)
 
 
 def test_rows_are_cut_evenly_under_sequence_parallelism() -> None:
