@@ -17,7 +17,7 @@ def stages(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """stage0 and stage1, a few steps each."""
     folder = tmp_path_factory.mktemp("stages")
     common = [*runs.TINY, *runs.data_words(shards), "checkpoint.every=0"]
-    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage0", "trainer.steps=6", "optim.lr=0.01")
+    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage0", "trainer.steps=60", "optim.lr=0.01")
     common[0] = "recipe=shapes/stage1"
     del common[common.index(f"data.sources.instruct.path={shards}/instruct")]
     words = ["trainer.steps=4", f"checkpoint={folder}/stage0", "log.wandb=true", "log.tensorboard=true"]
@@ -118,12 +118,13 @@ def test_generate(stages: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    words = [f"checkpoint={stages}/stage1", f"image={tmp_path}/a.png", "prompt=What colour is it, exactly?"]
-    words += ["precision=fp32", "infer.max_new_tokens=5"]
+    # What stage 1 was trained on: an image, then its caption
+    words = [f"checkpoint={stages}/stage1", f"image={tmp_path}/a.png", "prompt=<image>", "infer.max_new_tokens=5"]
     alone = runs.vlm_nemo("generate", *words).stdout
     assert alone.strip()
     assert runs.vlm_nemo("generate", *words, "parallel.pipeline=2", ranks=2).stdout == alone
-    wrong = runs.vlm_nemo("generate", words[0], words[1], "prompt=<image> and <image>?", code=2)
+    runs.vlm_nemo("generate", *words[:2], "prompt=What colour is it, exactly?")
+    wrong = runs.vlm_nemo("generate", *words[:2], "prompt=<image> and <image>?", code=2)
     assert wrong.stderr.strip() == "error: the prompt has 2 <image> and 1 images were given; they must be equal"
 
 
