@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from tests import tiny
@@ -13,8 +14,6 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vision import output_tokens
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
-
-transformers = pytest.importorskip("transformers")
 
 
 def llava_twin(cfg: ModelConfig) -> torch.nn.Module:
