@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,11 +33,12 @@ def train(cfg: Config) -> None:
     with device.adapter(), stop_on_signals() as request:
         ranks = groups.start(cfg.parallel, cfg.seed)
         set_up_logging(ranks.rank)
-        _train(cfg, ranks, request)
+        with ExitStack() as opened:
+            _train(cfg, ranks, request, opened)
         groups.stop()
 
 
-def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
+def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -> None:
     began = time.perf_counter()
     run_dir = Path(cfg.run_dir)
     config_text = yaml.safe_dump(asdict(cfg), sort_keys=False)
@@ -61,6 +63,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
                 f"data.tokenizer={cfg.data.tokenizer} is not the tokenizer that {origin} was trained with: its "
                 f"ids mean other words; use {origin}/tokenizer, or start the language afresh (checkpoint.reset)"
             )
+    # Closed however this ends: an interpreter that exits while the thread decodes aborts instead of saying why
     loader = Loader(
         cfg.data,
         spec_of(cfg.model.vision),
@@ -71,6 +74,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
         dp_size=ranks.data,
         state=saved.state["loader"] if saved else None,
     )
+    opened.callback(loader.close)
     if ranks.main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_text)
@@ -96,6 +100,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
     metrics = None
     if ranks.main:
         metrics = MetricsWriter(run_dir, cfg.log, steps=cfg.trainer.steps, start=start, config=asdict(cfg))
+        opened.callback(metrics.close)
         if saved:
             metrics.say(f"going on from {saved.path} (step {start})")
     ledger = Ledger.from_json(saved.state["ledger"]) if saved else Ledger()
@@ -121,12 +126,8 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest) -> None:
         start=start,
         updates=saved.updates if saved else 0,
     )
-    try:
-        last = trainer.run()
-    finally:
-        loader.close()
-        if metrics is not None:
-            metrics.close()
+    last = trainer.run()
+    opened.close()  # the last lines come after the bar's
     if ranks.main:
         print(f"step {last} of {cfg.trainer.steps} done; see {run_dir}/loss.png, {run_dir}/checkpoints/latest")
 
