@@ -29,4 +29,4 @@ fi
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 echo "installing into .venv: a few minutes the first time"
 "${pip[@]}" install -q -c constraints.txt torch
-"${pip[@]}" install -q -c constraints.txt -e '.[dev,nemo]'
+"${pip[@]}" install -q -c constraints.txt -e '.[dev,nemo,serve,export,rtx]'
