@@ -22,10 +22,11 @@ from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim
 from vlm_nemo.train.metrics import MetricsWriter
+from vlm_nemo.train.origin import spec_of
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
-from vlm_nemo.verbs.common import check_vocabulary, set_up_logging, spec_of
+from vlm_nemo.verbs.common import check_vocabulary, set_up_logging
 
 
 def train(cfg: Config) -> None:
