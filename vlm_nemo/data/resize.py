@@ -1,4 +1,4 @@
-"""Resizing for training: PyTorch's antialiased bicubic on uint8, four times as fast as PIL's and within two levels of it."""
+"""Resizing for training: PyTorch's antialiased bicubic on uint8, four times as fast as PIL's, within two levels."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ def open_model(
     given = {"checkpoint": checkpoint, "hf": hf, "export": export}
     named = [key for key, value in given.items() if value]
     if len(named) != 1:
-        raise UserError(f"name exactly one model: checkpoint=DIR, hf=DIR or export=DIR (got {', '.join(named) or 'none'})")
+        raise UserError(
+            f"name exactly one model: checkpoint=DIR, hf=DIR or export=DIR (got {', '.join(named) or 'none'})"
+        )
     infer = infer or InferConfig()
     if export:
         return _open_bundle(export, infer)
@@ -136,8 +138,8 @@ def _with_torch(
 ) -> LoadedModel:
     from vlm_nemo.infer.torch_backend import TorchBackend
     from vlm_nemo.model.build import build_model
+    from vlm_nemo.model.vision import spec_of
     from vlm_nemo.runtime.layout import check_layout
-    from vlm_nemo.train.origin import spec_of
 
     check_layout(parallel, cfg, world_size=ranks.world)
     chunks = build_model(cfg, parallel, precision, 0, fresh=())

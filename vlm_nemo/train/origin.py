@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlm_nemo.data.layout import ImageSpec, image_spec
-from vlm_nemo.model.config import ModelConfig, VisionConfig
+from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.types import UserError
-
-
-def spec_of(vision: VisionConfig) -> ImageSpec:
-    """What the tower expects, in the data engine's words."""
-    kept = vision.class_token and vision.keep_class_token
-    return image_spec(vision.image_size, vision.patch_size, kept, vision.aspect, tuple(vision.mean))
 
 
 def checkpoint_config(step_folder: Path) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
+from vlm_nemo.model.vision import spec_of
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim
 from vlm_nemo.train.metrics import MetricsWriter
-from vlm_nemo.train.origin import spec_of
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
