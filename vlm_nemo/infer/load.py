@@ -34,7 +34,7 @@ class LoadedModel:
     spec: ImageSpec
     engine: Engine
     info: dict[str, Any]
-    """backend, precision, source, context length: what a server's metadata says"""
+    """backend, precision, source, context_length (tokens): what a server's metadata says"""
     ranks: Ranks | None = None
     """Where this process stands; None where no process group was started."""
 
@@ -177,7 +177,7 @@ def _engine(backend: Backend, tokenizer: Tokenizer, infer: InferConfig) -> Engin
 
 
 def _info(backend: str, precision: str, source: Path, capacity: int) -> dict[str, Any]:
-    return {"backend": backend, "precision": precision, "source": str(source), "max_model_len": capacity}
+    return {"backend": backend, "precision": precision, "source": str(source), "context_length": capacity}
 
 
 def _name(source: Path) -> str:
