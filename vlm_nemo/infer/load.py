@@ -144,10 +144,10 @@ def _with_torch(
     check_layout(parallel, cfg, world_size=ranks.world)
     chunks = build_model(cfg, parallel, precision, 0, fresh=())
     load(chunks)
-    capacity = min(infer.max_tokens or cfg.language.max_positions, cfg.language.max_positions)
+    capacity = min(infer.context or cfg.language.max_positions, cfg.language.max_positions)
     backend = TorchBackend(chunks[0], cfg, ranks, tokenizer.image_id, infer.slots, capacity)
     return LoadedModel(
-        name=infer.name or _name(source),
+        name=_name(source),
         tokenizer=tokenizer,
         template=TEMPLATES[template],
         spec=spec_of(cfg.vision),
@@ -160,15 +160,16 @@ def _with_torch(
 def _open_bundle(path: str, infer: InferConfig) -> LoadedModel:
     from vlm_nemo.infer.bundle import open_bundle
 
-    bundle = open_bundle(Path(path))
-    backend = bundle.backend(infer.engine, slots=infer.slots)
+    bundle = open_bundle(path)
+    tokenizer = Tokenizer(path)
+    runtime, backend = choose_runtime(bundle, infer)
     return LoadedModel(
-        name=infer.name or bundle.name or _name(Path(path)),
-        tokenizer=bundle.tokenizer(),
+        name=_name(Path(path)),
+        tokenizer=tokenizer,
         template=TEMPLATES[bundle.template],
-        spec=bundle.image_spec(),
-        engine=_engine(backend, bundle.tokenizer(), infer),
-        info=_info(backend.kind, bundle.precision, Path(path), backend.capacity),
+        spec=bundle.image,
+        engine=_engine(backend, tokenizer, infer),
+        info=_info(runtime, bundle.precision, Path(path), backend.capacity),
     )
 
 
