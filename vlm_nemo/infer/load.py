@@ -106,21 +106,26 @@ def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, pr
 
 def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:
     from vlm_nemo.runtime import device, groups
-    from vlm_nemo.weights import hf
+    from vlm_nemo.weights.hf import HFFolder, load_hf_weights
+    from vlm_nemo.weights.llava_config import model_config_of
+    from vlm_nemo.weights.words import template_of
 
-    folder = hf.HFFolder(path)
+    folder = HFFolder(path)
+    if folder.family != "llava":
+        raise UserError(f"hf={path} holds a {folder.architecture}, which answers no questions about images alone")
+    stored = "fp32" if folder.dtype(folder.names()[0]) == "float32" else "bf16"
     with device.adapter():
         ranks = groups.start(parallel, seed=0)
         return _with_torch(
-            hf.model_config_of(folder),
+            model_config_of(folder),
             infer,
             parallel,
-            hf.precision_of(folder) if precision == "auto" else precision,
+            stored if precision == "auto" else precision,
             ranks,
             source=Path(path),
             tokenizer=Tokenizer(path),
-            template=hf.template_of(folder),
-            load=lambda chunks: hf.load_hf_weights(folder, chunks),
+            template=template_of(folder.path) or "vicuna",
+            load=lambda chunks: load_hf_weights(folder, chunks),
         )
 
 

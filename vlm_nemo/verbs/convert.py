@@ -10,8 +10,8 @@ from vlm_nemo.config import ConvertRoot
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.options import did_you_mean
 from vlm_nemo.train import checkpoint
+from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.types import UserError
-from vlm_nemo.verbs.common import checkpoint_config, model_config
 from vlm_nemo.weights.from_hf import to_checkpoint
 from vlm_nemo.weights.to_hf import to_folder
 
