@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from vlm_nemo.export.graph import Graph
+from vlm_nemo.export.graph import Dim, Graph
 from vlm_nemo.export.tensors import TensorFile
 from vlm_nemo.model.config import LanguageConfig, ModelConfig
 
@@ -35,7 +35,7 @@ def language_graph(cfg: ModelConfig, data: TensorFile, capacity: int) -> Graph:
     positions = g.input("position_ids", TensorProto.INT64, ["B", "S"])
     write = g.input("write_indices", TensorProto.INT64, ["B"])
     last = g.input("last_index", TensorProto.INT64, ["B"])
-    cache = ["B", lang.num_kv_heads, capacity, head]
+    cache: list[Dim] = ["B", lang.num_kv_heads, capacity, head]
 
     places = g.table("cache_positions", np.arange(capacity, dtype=np.int64).reshape(1, 1, 1, capacity))
     seen_from = g.node("Unsqueeze", positions, g.ints(1, 3))
