@@ -91,7 +91,8 @@ def check_ranks(verb: Verb, cfg: Any, *, world_size: int) -> None:
     from vlm_nemo.runtime.layout import check_layout
 
     if not verb.ranks and world_size > 1:
-        raise UserError(f"{verb.name} runs in one process, not {world_size}; its option `workers` makes it use more")
+        more = "; its option `workers` makes it use more" if hasattr(cfg, "workers") else "; start it by itself"
+        raise UserError(f"{verb.name} runs in one process, not {world_size}{more}")
     if verb.name == "train":
         check_layout(
             cfg.parallel,

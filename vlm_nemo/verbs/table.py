@@ -92,5 +92,20 @@ VERBS: dict[str, Verb] = {
             required=("checkpoint.load", "prompt"),
             notes=(CHECKPOINT_NOTE, "the model's own settings come from the checkpoint"),
         ),
+        Verb(
+            name="convert",
+            summary="bring a model from Hugging Face, or give one back",
+            examples=(
+                "vlm-nemo convert hf=[clip-vit-large-patch14-336,vicuna-7b] out=runs/llava15_7b/start",
+                "vlm-nemo convert checkpoint=runs/demo/stage3/checkpoints out=runs/demo/hf",
+            ),
+            root=config.ConvertRoot,
+            run="vlm_nemo.verbs.convert:convert",
+            ranks=False,
+            notes=(
+                CHECKPOINT_NOTE,
+                "safetensors in and out; to and from one layout: any layout loads what it writes",
+            ),
+        ),
     )
 }
