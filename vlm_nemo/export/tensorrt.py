@@ -80,7 +80,7 @@ def build_engines(trt: ModuleType, bundle: Bundle, capability: int, say: Callabl
     backend = trt.__name__
     folder = bundle.folder / "engines" / f"{backend}-{trt.__version__}-sm{capability}-{bundle.precision}"
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = {
+    graphs: dict[str, tuple[Path, int | None, list[Shapes]]] = {
         "vision": (bundle.vision_graph, None, [_vision_shapes]),
         "llm": (bundle.language_graph, bundle.layers, [_prefill_shapes(bundle), _decode_shapes(bundle)]),
     }
@@ -151,7 +151,7 @@ def check_network(trt: ModuleType, network: Any, layers: int | None) -> None:
             attentions.append((layer.name, layer.attention))
     if updates != 2 * (layers or 0) or (layers is not None and len(attentions) != layers):
         raise GateError(
-            f"{trt.__name__} read {updates} cache updates and {len(attentions)} attentions from a graph of {layers} layers"
+            f"{trt.__name__} read {updates} cache updates and {len(attentions)} attentions from {layers} layers"
         )
     for name, attention in attentions:
         causal = getattr(attention, "causal_kind", None)
@@ -190,7 +190,7 @@ def _language_shapes(batch: tuple[int, int, int], length: tuple[int, int, int]) 
 
 
 def _logger(trt: ModuleType) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
         """Keeps what the library says of errors, for the one line that the user sees."""
 
         def __init__(self) -> None:

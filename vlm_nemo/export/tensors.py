@@ -8,7 +8,7 @@ it was asked for. A protobuf holds no weights (2 GB is its limit), only offsets 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,11 +80,13 @@ def embedding_file(path: Path, source: str, shape: tuple[int, int], precision: s
     return TensorFile(path=path, precision=precision, end=len(head) + nbytes, places=[place], constants=[(0, head)])
 
 
-def fill(files: Sequence[TensorFile], tensors: Iterable[tuple[str, Tensor]], unused: Sequence[str]) -> None:
+def fill(
+    files: Sequence[TensorFile], tensors: Iterable[tuple[str, Tensor]], check_unused: Callable[[str], object]
+) -> None:
     """Write every reserved place from the stream.
 
-    unused: beginnings of names that may come and are not needed. Raises UserError for a tensor that has no place, a
-    missing one, one of another shape, or one that the precision cannot hold.
+    check_unused: called with the name of a tensor that no place asks for; raises UserError if it should have one.
+    Raises UserError for a tensor that is missing, of another shape, or more than the precision can hold.
     """
     wanted: dict[str, list[tuple[TensorFile, Place]]] = {}
     for file in files:
@@ -99,8 +101,7 @@ def fill(files: Sequence[TensorFile], tensors: Iterable[tuple[str, Tensor]], unu
     seen = set()
     for name, tensor in tensors:
         if name not in wanted:
-            if not name.startswith(tuple(unused)):
-                raise UserError(f"tensor {name} has no place in the exported graphs: its model is of another kind")
+            check_unused(name)
             continue
         seen.add(name)
         for file, place in wanted[name]:

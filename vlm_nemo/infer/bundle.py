@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ class Bundle:
             raise UserError(f"{path} holds {tensor['dtype']}, but {MANIFEST} says {self.precision}")
         return np.frombuffer(tensor["data"], dtype=self.storage).reshape(tensor["shape"])
 
+    def as_twin(self, folder: Path) -> Bundle:
+        """The same model in fp32, whose graphs and embeddings lie in `folder`."""
+        return replace(self, folder=folder, precision="fp32")
+
     def engines(self) -> list[Engines]:
         """The compiled engines, by name."""
         return [Engines.read(path.parent) for path in sorted(self.folder.glob("engines/*/build.json"))]
@@ -135,6 +139,19 @@ def open_bundle(folder: str | Path, *, skip: Collection[str] = ("golden/",)) -> 
     skip: beginnings of names that are not about to be read (engines of another backend, graphs where an engine
     runs). Raises UserError for what is not an export, or names the damaged files.
     """
+    bundle = read_manifest(folder)
+    bad = [
+        name
+        for name, entry in bundle.manifest["files"].items()
+        if not name.startswith(tuple(skip)) and not _sound(bundle.folder, name, entry)
+    ]
+    if bad:
+        raise UserError(f"export {folder} is damaged: {', '.join(bad[:5])}; export again")
+    return bundle
+
+
+def read_manifest(folder: str | Path) -> Bundle:
+    """Read an export without looking at its files. Raises UserError for what is not an export."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -143,16 +160,11 @@ def open_bundle(folder: str | Path, *, skip: Collection[str] = ("golden/",)) -> 
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} is of format {manifest['format']!r}, this version reads {FORMAT!r}; export again")
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        bundle = _bundle(folder, manifest)
+        for entry in manifest["files"].values():
+            int(entry["bytes"]), str(entry["sha256"])
+        return _bundle(folder, manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
-    bad = [
-        name for name, entry in files.items() if not name.startswith(tuple(skip)) and not _sound(folder, name, entry)
-    ]
-    if bad:
-        raise UserError(f"export {folder} is damaged: {', '.join(bad[:5])}; export again")
-    return bundle
 
 
 def _bundle(folder: Path, manifest: dict[str, Any]) -> Bundle:
@@ -176,10 +188,10 @@ def _bundle(folder: Path, manifest: dict[str, Any]) -> Bundle:
     )
 
 
-def _sound(folder: Path, name: str, entry: tuple[int, str]) -> bool:
+def _sound(folder: Path, name: str, entry: dict[str, Any]) -> bool:
     path = folder / name
     inside = path.resolve().is_relative_to(folder.resolve())
-    return inside and path.is_file() and path.stat().st_size == entry[0] and sha256(path) == entry[1]
+    return inside and path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
 
 
 def sha256(path: Path) -> str:

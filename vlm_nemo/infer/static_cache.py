@@ -59,7 +59,7 @@ class StaticCacheBackend(ABC):
         if len({row.slot for row in rows}) != len(rows):
             raise ValueError(f"rows share a slot: {[row.slot for row in rows]}")
         # Everything that can be refused is, before any cache is touched
-        embeds = [self._embed(row) for row in rows]
+        embeds = [self.embed(row.tokens, row.images) for row in rows]
         logits = np.empty((len(rows), self.bundle.vocab_size), dtype=np.float32)
         single = [i for i, row in enumerate(rows) if len(row.tokens) == 1]
         for i, row in enumerate(rows):
@@ -88,19 +88,18 @@ class StaticCacheBackend(ABC):
         for i in single:
             logits[i] = out[rows[i].slot - first]
 
-    def _embed(self, row: Row) -> NDArray[Any]:
+    def embed(self, tokens: Sequence[int], images: NDArray[np.uint8] | None) -> NDArray[Any]:
         """[S, D]: the tokens' embeddings, with those of the images in their placeholders' places."""
-        tokens = np.asarray(row.tokens, dtype=np.int64)
-        places = tokens == self.bundle.image_token
-        count = 0 if row.images is None else len(row.images)
+        ids = np.asarray(tokens, dtype=np.int64)
+        places = ids == self.bundle.image_token
+        count = 0 if images is None else len(images)
         expected = count * self.bundle.image.tokens
         if places.sum() != expected:
             raise ValueError(
                 f"{places.sum()} image placeholders but {count} images of {self.bundle.image.tokens} embeddings "
                 f"({expected}); they must be equal"
             )
-        embeds = self._embedding[np.where(places, 0, tokens)]
-        if count:
-            assert row.images is not None
-            embeds[places] = self.embed_images(row.images).reshape(expected, -1)
+        embeds = self._embedding[np.where(places, 0, ids)]
+        if images is not None and count:
+            embeds[places] = self.embed_images(images).reshape(expected, -1)
         return embeds

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from vlm_nemo import config
 from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.export.config import ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,18 @@ VERBS: dict[str, Verb] = {
                 CHECKPOINT_NOTE,
                 "safetensors in and out; to and from one layout: any layout loads what it writes",
             ),
+        ),
+        Verb(
+            name="export",
+            summary="write ONNX graphs, and engines compiled from them, that answer without torch",
+            examples=(
+                "vlm-nemo export checkpoint=runs/demo/stage3/checkpoints out=runs/demo/export precision=fp32",
+                "vlm-nemo export hf=llava-1.5-7b-hf out=export engine=tensorrt_rtx engine_sm=[89,120]",
+            ),
+            root=ExportConfig,
+            run="vlm_nemo.verbs.export:export",
+            ranks=False,
+            notes=(CHECKPOINT_NOTE, "the graphs are compared with the model in torch; over a limit, the export fails"),
         ),
     )
 }
