@@ -19,6 +19,7 @@ from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
 if TYPE_CHECKING:
+    from vlm_nemo.infer.bundle import Bundle
     from vlm_nemo.model.config import ModelConfig
     from vlm_nemo.runtime.groups import Ranks
 
@@ -167,7 +168,7 @@ def _open_bundle(path: str, infer: InferConfig) -> LoadedModel:
 
     bundle = open_bundle(path)
     tokenizer = Tokenizer(path)
-    runtime, backend = choose_runtime(bundle, infer)
+    runtime, backend = _runtime(bundle, infer)
     return LoadedModel(
         name=_name(Path(path)),
         tokenizer=tokenizer,
@@ -176,6 +177,14 @@ def _open_bundle(path: str, infer: InferConfig) -> LoadedModel:
         engine=_engine(backend, tokenizer, infer),
         info=_info(runtime, bundle.precision, Path(path), backend.capacity),
     )
+
+
+def _runtime(bundle: Bundle, infer: InferConfig) -> tuple[str, Backend]:
+    """What runs the bundle, by name: what was asked for, else an engine that fits this machine's GPU, else ONNX
+    Runtime."""
+    from vlm_nemo.infer.onnx_backend import OnnxBackend
+
+    return "onnxruntime", OnnxBackend(bundle, slots=infer.slots)
 
 
 def _engine(backend: Backend, tokenizer: Tokenizer, infer: InferConfig) -> Engine:

@@ -21,8 +21,9 @@ from vlm_nemo.options import did_you_mean
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint
+from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.types import UserError
-from vlm_nemo.verbs.common import check_vocabulary, checkpoint_config, model_config, set_up_logging
+from vlm_nemo.verbs.common import check_vocabulary, set_up_logging
 from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
 from vlm_nemo.weights.llava_config import check_exportable, hf_config_of, model_config_of
 from vlm_nemo.weights.preprocessing import preprocessor_config
