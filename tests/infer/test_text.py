@@ -49,7 +49,7 @@ def test_bytes_become_whole_characters(tokenizer: Tokenizer, text: str) -> None:
         assert not any(BROKEN in piece for piece in found)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_ids(tokenizer: Tokenizer, data: st.DataObject) -> None:
     """Broken bytes and special tokens too; pieces are final, so together they are the text of all."""
@@ -109,7 +109,7 @@ def first_stop(text: str, stop: tuple[str, ...]) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=5), max_size=3).map(tuple), st.booleans()
 )
