@@ -39,6 +39,8 @@ class Model(Protocol):
 class LLM:
     """A model that answers in this process: a checkpoint of ours, a Hugging Face folder or an export bundle."""
 
+    model: Model
+
     def __init__(
         self,
         path: str | Path | None = None,
@@ -48,9 +50,12 @@ class LLM:
         infer: InferConfig | None = None,
     ) -> None:
         """Give a path, or a model that is open already. Raises UserError if there is nothing to open."""
-        if (path is None) == (model is None):
+        if model is None and path is not None:
+            self.model = _open(Path(path), precision, infer or InferConfig())
+        elif model is not None and path is None:
+            self.model = model
+        else:
             raise UserError("give LLM either a path or a model")
-        self.model: Model = _open(Path(path), precision, infer or InferConfig()) if path is not None else model  # type: ignore[assignment]
 
     def generate(
         self,
@@ -114,10 +119,10 @@ def _text_and_images(prompt: TextPrompt) -> tuple[str, list[ImageItem]]:
 
 
 def _open(path: Path, precision: str, infer: InferConfig) -> Model:
-    from vlm_nemo.infer.load import open_model  # brings torch, or a runtime, when a model is opened and not before
-
     if not path.exists():
         raise UserError(f"there is no model at {path}")
+    from vlm_nemo.infer.load import open_model  # brings torch, or a runtime, when a model is opened and not before
+
     bundle = (path / "manifest.json").is_file() and (path / "llm").is_dir()
     folder = (path / "config.json").is_file() and not bundle
     return open_model(
