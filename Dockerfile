@@ -13,7 +13,8 @@ COPY recipes recipes
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir --no-deps megatron-core==0.16.1 . \
  && pip install --no-cache-dir psutil numpy webdataset "hydra-core>=1.3.2,<1.4" "omegaconf>=2.3,<2.4" tokenizers \
-        safetensors pillow simplejpeg rich matplotlib pyyaml "wandb>=0.25" tensorboard
+        safetensors pillow simplejpeg rich matplotlib pyyaml "wandb>=0.25" tensorboard \
+        fastapi uvicorn prometheus-client onnx onnxscript onnxruntime
 
 # TF32 would bend the rotary angles; one hardware queue keeps megatron-core's overlap in order.
 ENV TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0 CUDA_DEVICE_MAX_CONNECTIONS=1

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job in small, on this machine's CPU: make data, train four stages, evaluate on scenes never seen.
+# The main job in small, on this machine's CPU: make data, train four stages, evaluate on scenes never seen, export,
+# serve, ask.
 # What is there already is used again; DEMO=short does a few steps of everything and promises no accuracy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,7 +24,7 @@ mkdir -p "$out"
 found=$(cat "$out/form" 2>/dev/null || echo "$form")
 if [ "$found" = short ] && [ "$form" = full ]; then
     echo "the short demo's results make room for the full one"
-    rm -rf "$out"/{raw,shards,stage0,stage1,stage2,stage3,eval,summary.json}
+    rm -rf "$out"/{raw,shards,stage0,stage1,stage2,stage3,eval,export,summary.json}
 elif [ "$found" = full ] && [ "$form" = short ]; then
     if [ ! -f "$out/summary.json" ]; then
         echo "error: $out holds an unfinished full demo; 'make demo' goes on with it, or move it away for DEMO=short" >&2
@@ -53,7 +54,7 @@ for stage in 0 1 2 3; do
         continue
     fi
     say "stage $stage -> $out/stage$stage"
-    rm -rf "$out/eval" "$out/summary.json"
+    rm -rf "$out/eval" "$out/export" "$out/summary.json"
     launch/local.sh "$ranks" train recipe="shapes/stage$stage" run_dir="$out/stage$stage" ${train[@]+"${train[@]}"}
 done
 
@@ -73,9 +74,19 @@ summary["seconds"] = {stage: json.loads((out / stage / "run.json").read_text())[
 (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 PYTHON
 
+if [ ! -f "$out/export/manifest.json" ]; then
+    say "export -> $out/export"
+    rm -rf "$out/export"
+    "$python" -m vlm_nemo export checkpoint="$out/stage3/checkpoints" out="$out/export"
+fi
+
+say "a server on $out/export, asked by the openai client about pictures never seen"
+"$python" data/shapes/ask.py export="$out/export" raw="$out/raw"
+
 say "done; look at"
 printf '  %s\n' "$out/eval/gallery.html   unseen pictures, questions, answers, truths" \
     "$out/eval/contact.png    the same as one picture" \
     "$out/stage3/loss.png     how the loss fell" \
     "$out/summary.json        accuracy by kind, with swapped pictures, by chance; seconds a stage" \
+    "$out/export              ONNX graphs; a page to ask it: vlm-nemo serve export=$out/export" \
     "$out/stage3/checkpoints  the model: vlm-nemo generate checkpoint=$out/stage3/checkpoints image=PICTURE prompt=…"

@@ -58,7 +58,6 @@ def row(samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], capacity
         labels=torch.cat([*(s[1] for s in samples), torch.full((tail,), IGNORE_INDEX)]),
         positions=positions.expand(3, -1).contiguous(),
         cu_seqlens=torch.tensor(cu, dtype=torch.int32),
-        max_seqlen=max(b - a for a, b in zip(cu, cu[1:], strict=False)),
         images=torch.cat([s[2] for s in samples]),
         samples=len(samples),
         used_tokens=used,

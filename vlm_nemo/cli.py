@@ -70,9 +70,10 @@ def _run_verb(verb: Verb, words: list[str], flags: set[str]) -> int:
 
         print(OmegaConf.to_yaml(composed, resolve=True), end="")
         return 0
-    for key in verb.named:
-        if not any(override.startswith(f"{key}=") for override in asked.overrides):
-            raise UserError(config.missing(key, verb.root))
+    named = [key for key in verb.model if any(o.startswith(f"{key}=") for o in asked.overrides)]
+    if verb.model and len(named) != 1:
+        choices = ", ".join(f"{key.removesuffix('.load')}=DIR" for key in verb.model)
+        raise UserError(f"name the model, as one of {choices}" + (f" (not {', '.join(named)})" if named else ""))
     cfg: Any = config.build(composed, verb.root)
     for key in verb.required:
         if _value(cfg, key) in (None, "", {}):

@@ -73,6 +73,10 @@ class GenerateRoot:
     """What to ask. Each image stands where `<image>` does; without any marker the images come first."""
     image: list[str] = field(default_factory=list, metadata={"literal": True})
     """A file, or [a.jpg,b.jpg] for several; none = text only."""
+    hf: str | None = None
+    """A Hugging Face folder to ask, instead of a checkpoint."""
+    export: str | None = None
+    """An export bundle to ask, instead of a checkpoint."""
     precision: str = field(default="auto", metadata={"choices": ("auto", *PRECISIONS)})
     """Type of weights and activations; auto = as the checkpoint was trained."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

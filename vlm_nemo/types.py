@@ -49,7 +49,6 @@ class PackedBatch:
     """[3, T] int64"""
     cu_seqlens: Tensor
     """[S+1] int32, from 0 to T"""
-    max_seqlen: int
     images: Tensor
     """[N, 3, H, W] uint8, in the order of their placeholders"""
     samples: int

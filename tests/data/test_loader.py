@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.mixture import Mixture
 from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import BROKEN_IMAGE, NO_LABEL, TOO_LONG, Drop
 from vlm_nemo.data.shards import ShardFolder, ShardImage, ShardSample, index_path, write_shard
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -115,7 +117,7 @@ def test_a_batch_holds_what_the_shards_hold(prepared: Path, tokenizer: Tokenizer
                 assert batch.tokens[start:end].tolist() == tokens
                 assert batch.labels[start : end - 1].tolist() == labels[1:] and batch.labels[end - 1] == -100
                 for data in folders[place.source].images(place.record):
-                    assert torch.equal(batch.images[seen_images], decode_image(data, SPEC))
+                    assert np.array_equal(batch.images[seen_images], decode_image(data, SPEC, torch_resize))
                     seen_images += 1
                 kinds[len(record.sizes)] += 1
             assert seen_images == len(batch.images)
@@ -265,7 +267,7 @@ def test_empty_answers_and_wrong_counts_in_shards_are_planned_drops(tmp_path: Pa
 def test_an_exception_in_a_thread_surfaces(
     prepared: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module, "decode_image", lambda data, spec: 1 / 0)
+    monkeypatch.setattr(loader_module, "decode_images", lambda data, spec, resize: 1 / 0)
     with closing(load(data_config(prepared), tokenizer)) as loader:
         started = time.monotonic()
         for _ in range(2):

@@ -81,7 +81,7 @@ def test_a_row_by_hand() -> None:
     assert batch.labels.tolist() == [6, 7, i, i, 10, 11, i, i]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]] * 3
     assert batch.cu_seqlens.tolist() == [0, 3, 7, 8] and batch.cu_seqlens.dtype == torch.int32
-    assert (batch.max_seqlen, batch.samples, batch.used_tokens, batch.supervised) == (4, 2, 7, 4)
+    assert (batch.samples, batch.used_tokens, batch.supervised) == (2, 7, 4)
     assert batch.images[:, 0, 0, 0].tolist() == [1, 2, 2]
 
 

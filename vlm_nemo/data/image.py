@@ -1,44 +1,92 @@
 """Encoded image to a square of uint8, [3, S, S]; the device turns it into floats.
 
-JPEGs go through simplejpeg, which refuses damaged files, everything else (CMYK too) through PIL; resizing is PyTorch's
-antialiased bicubic on uint8, within two levels of PIL's. All of it releases the GIL: threads decode in parallel.
+JPEGs go through simplejpeg, which refuses damaged files, everything else (CMYK too) through PIL. Resizing is bicubic:
+PIL's own by default, as Hugging Face's processors do it; training passes a faster one (resize.py). All of it releases
+the GIL: threads decode in parallel. No torch here: a server of exported models has none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from vlm_nemo.data.header import PIL_ERRORS, open_image, read_header
 from vlm_nemo.data.layout import ImageSpec
 from vlm_nemo.data.sample import BROKEN_IMAGE, SampleError
+
+Pixels = NDArray[np.uint8]
+Resize = Callable[[Pixels, int, int], Pixels]
+"""(pixels [H, W, 3], height, width) -> [height, width, 3]"""
 
 _WHITE = (255, 255, 255, 255)
 _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
 """EXIF orientation -> steps along rows and columns, after the transposition."""
 
 
-def decode_image(data: bytes, spec: ImageSpec) -> Tensor:
+def pil_resize(pixels: Pixels, height: int, width: int) -> Pixels:
+    """[H, W, 3] -> [height, width, 3]."""
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def decode_image(data: bytes, spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
     """[3, S, S] uint8, contiguous. Raises SampleError ("broken image", "image size")."""
     header = read_header(data)
     pixels = _upright(_decode_jpeg(data), header.orientation) if header.fast_jpeg else _decode_any(data)
-    # Batch first, permuted last: only so does PyTorch see channels last, the layout that it resizes fastest
-    return square(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), spec)[0].contiguous()
+    return square_image(pixels, spec, resize)
 
 
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+def decode_images(images: Sequence[bytes], spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
+    """[n, 3, S, S] uint8: the images of one prompt or sample; n may be 0."""
+    if not images:
+        return np.empty((0, 3, spec.size, spec.size), dtype=np.uint8)
+    return np.stack([decode_image(data, spec, resize) for data in images])
+
+
+def square_image(pixels: Pixels, spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
+    """[H, W, 3] -> [3, S, S] uint8, contiguous.
+
+    pad: what padding to a square of the mean colour and then resizing gives (LLaVA-1.5), without making that square:
+        the long side is resized first, then the short side is padded and resized.
+    crop: the short side becomes S, the middle is kept (CLIP).
+    squash: both sides become S.
+    """
+
+    def to(height: int, width: int, image: Pixels) -> Pixels:
+        return image if image.shape[:2] == (height, width) else resize(image, height, width)
+
+    size = spec.size
+    height, width = pixels.shape[:2]
+    if height == width or spec.aspect == "squash":
+        pixels = to(size, size, pixels)
+    elif spec.aspect == "crop":
+        wide = height < width
+        pixels = to(*((size, int(size * width / height)) if wide else (int(size * height / width), size)), pixels)
+        top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+        pixels = pixels[top : top + size, left : left + size]
+    else:
+        colour = np.array([int(channel * 255) for channel in spec.mean], dtype=np.uint8)
+        if width > height:
+            canvas = np.broadcast_to(colour, (width, size, 3)).copy()
+            canvas[(width - height) // 2 :][:height] = to(height, size, pixels)
+        else:
+            canvas = np.broadcast_to(colour, (size, height, 3)).copy()
+            canvas[:, (height - width) // 2 :][:, :width] = to(size, width, pixels)
+        pixels = to(size, size, canvas)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _decode_jpeg(data: bytes) -> Pixels:
     try:
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except ValueError as error:
         raise SampleError(BROKEN_IMAGE, f"JPEG: {error}") from None
 
 
-def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undo an EXIF orientation: 5 to 8 lie on their side, 2, 4, 5 and 7 are mirrored."""
     if orientation == 1:
         return pixels
@@ -48,7 +96,7 @@ def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels[::vertical, ::horizontal])
 
 
-def _decode_any(data: bytes) -> NDArray[np.uint8]:
+def _decode_any(data: bytes) -> Pixels:
     """[H, W, 3]: first frame, upright, alpha over white, 16 bits to 8."""
     image = open_image(data)
     try:
@@ -69,47 +117,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, _WHITE), over).convert("RGB")
     return image.convert("RGB")
-
-
-def square(pixels: Tensor, spec: ImageSpec) -> Tensor:
-    """[1, 3, H, W] uint8 -> [1, 3, S, S].
-
-    pad: what padding to a square of the mean colour and then resizing gives (LLaVA-1.5), without making that square:
-        the long side is resized first, then the short side is padded and resized.
-    crop: the short side becomes S, the middle is kept (CLIP).
-    squash: both sides become S.
-    """
-    size = spec.size
-    height, width = pixels.shape[-2:]
-    if height == width or spec.aspect == "squash":
-        return _resize(pixels, size, size)
-    if spec.aspect == "crop":
-        if height < width:
-            pixels = _resize(pixels, size, int(size * width / height))
-        else:
-            pixels = _resize(pixels, int(size * height / width), size)
-        top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
-        return pixels[..., top : top + size, left : left + size]
-    colour = torch.tensor([int(channel * 255) for channel in spec.mean], dtype=torch.uint8)
-    if width > height:
-        pixels = _resize(pixels, height, size)
-        canvas = _canvas(colour, width, size)
-        top = (width - height) // 2
-        canvas[..., top : top + height, :] = pixels
-    else:
-        pixels = _resize(pixels, size, width)
-        canvas = _canvas(colour, size, height)
-        left = (height - width) // 2
-        canvas[..., left : left + width] = pixels
-    return _resize(canvas, size, size)
-
-
-def _canvas(colour: Tensor, height: int, width: int) -> Tensor:
-    """[1, 3, H, W] of one colour, channels last."""
-    return colour.expand(1, height, width, 3).contiguous().permute(0, 3, 1, 2)
-
-
-def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    if pixels.shape[-2:] == (height, width):
-        return pixels
-    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig
-from vlm_nemo.data.image import decode_image
+from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec
 from vlm_nemo.data.mixture import Mixture
 from vlm_nemo.data.packing import pack_batch
 from vlm_nemo.data.planner import Plan, PlannedSample, Planner
+from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import Drop, EncodedSample, SampleError
 from vlm_nemo.data.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -198,10 +198,8 @@ class Loader:
 
     def _images(self, sample: PlannedSample) -> Tensor | SampleError:
         """[n, 3, S, S] uint8, or why there are none."""
-        if not sample.images:
-            return torch.empty(0, 3, self._spec.size, self._spec.size, dtype=torch.uint8)
-        encoded: Iterable[bytes] = self._folders[sample.source].images(sample.record)
+        encoded = list(self._folders[sample.source].images(sample.record)) if sample.images else []
         try:
-            return torch.stack([decode_image(data, self._spec) for data in encoded])
+            return torch.from_numpy(decode_images(encoded, self._spec, torch_resize))
         except SampleError as error:
             return error

@@ -104,7 +104,6 @@ def pack_batch(samples: Sequence[EncodedSample], capacity: int, pad_id: int, ima
         labels=torch.tensor(labels),
         positions=rope_positions(segments),
         cu_seqlens=cumulative(segments),
-        max_seqlen=max(segments),
         images=torch.cat(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
         samples=len(samples),
         used_tokens=used,

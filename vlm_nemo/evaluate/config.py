@@ -17,5 +17,11 @@ class EvaluateConfig:
     """Longest answer, tokens."""
     swap: bool = True
     """Ask everything again with each image swapped for another one's."""
+    slots: int = 64
+    """Questions that are answered at once."""
+    hf: str | None = None
+    """Evaluate this Hugging Face folder instead of checkpoint.load."""
+    export: str | None = None
+    """Evaluate this export bundle instead of checkpoint.load."""
     gallery: int = 24
     """Unseen images in gallery.html and the contact sheet; 0 = none."""

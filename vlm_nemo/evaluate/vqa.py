@@ -8,17 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor
-
-from vlm_nemo.data.chat import Template, encode_prompt
-from vlm_nemo.data.image import decode_image
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.chat import encode_prompt
+from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.sample import Message
 from vlm_nemo.data.shards import ShardFolder
-from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.evaluate.config import EvaluateConfig
-from vlm_nemo.infer.engine import Engine, Request
+from vlm_nemo.infer import replicas
+from vlm_nemo.infer.engine import Prompt
+from vlm_nemo.infer.load import LoadedModel
+from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.types import UserError
 
 
@@ -118,26 +116,18 @@ def swap_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
 
 def answer_all(
     questions: Sequence[Question],
-    engine: Engine,
-    tokenizer: Tokenizer,
-    template: Template,
-    spec: ImageSpec,
+    model: LoadedModel,
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's answer to every question."""
-    requests = []
+    """The model's greedy answer to every question."""
+    prompts = []
     for question in questions:
-        prompt = encode_prompt(list(question.messages), tokenizer, template, [spec.tokens] * len(question.images))
-        requests.append(Request(tokens=prompt, images=partial(stack_images, question.images, spec)))
-    return [tokenizer.decode(ids).strip() for ids in engine.generate(requests, max_new_tokens, progress)]
-
-
-def stack_images(images: Sequence[bytes], spec: ImageSpec) -> Tensor:
-    """Decode the images of one prompt. -> [n, 3, S, S] uint8"""
-    if not images:
-        return torch.empty(0, 3, spec.size, spec.size, dtype=torch.uint8)
-    return torch.stack([decode_image(data, spec) for data in images])
+        places = [model.spec.tokens] * len(question.images)
+        tokens = encode_prompt(list(question.messages), model.tokenizer, model.template, places)
+        prompts.append(Prompt(tokens=tokens, images=partial(decode_images, question.images, model.spec)))
+    params = SamplingParams(max_tokens=max_new_tokens)
+    return [output.outputs[0].text.strip() for output in replicas.generate(model, prompts, params, progress)]
 
 
 def score(questions: Sequence[Question], answers: Sequence[str], swapped: Sequence[tuple[Question, str]]) -> Scores:
@@ -162,10 +152,7 @@ def score(questions: Sequence[Question], answers: Sequence[str], swapped: Sequen
 
 def evaluate(
     cfg: EvaluateConfig,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    template: Template,
-    spec: ImageSpec,
+    model: LoadedModel,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Scores, list[Answered]]:
     """Ask everything, twice if cfg.swap. Every rank returns the same. progress(done, total): for a bar."""
@@ -173,16 +160,17 @@ def evaluate(
         raise UserError("evaluate.data is not set: give the folder of held-out shards that prepare wrote")
     questions = read_questions(cfg.data, cfg.limit)
     others = swap_images(questions) if cfg.swap else []
+    ranks = 1 if model.ranks is None else model.ranks.data
     done = 0
 
     def count(finished: int) -> None:
         nonlocal done
         done += finished
         if progress is not None:
-            progress(done, (len(questions) + len(others)) // engine.ranks.data)
+            progress(done, (len(questions) + len(others)) // ranks)
 
     def ask(asked: Sequence[Question]) -> list[str]:
-        return answer_all(asked, engine, tokenizer, template, spec, cfg.max_new_tokens, count)
+        return answer_all(asked, model, cfg.max_new_tokens, count)
 
     answers = ask(questions)
     swapped = list(zip(others, ask(others), strict=True)) if others else []

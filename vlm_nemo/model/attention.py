@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_nemo.model.cache import CachedStep, attend_to_cache
 from vlm_nemo.model.segments import Segments
 
 
@@ -21,7 +22,8 @@ class CoreAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v, for this tensor rank's heads.
 
     q: [T, B, heads, d], k and v: [T, B, kv_heads, d] -> [T, B, heads * d].
-    With `packed_seq_params` (B must be 1) a token sees the earlier tokens of its own sample only.
+    With `packed_seq_params` (B must be 1) a token sees the earlier tokens of its own sample only; those of a
+    CachedStep (generation) are in the cache.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class CoreAttention(nn.Module):
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
+        self.layer = layer_number
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale
 
@@ -47,18 +50,37 @@ class CoreAttention(nn.Module):
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Segments | CachedStep | None = None,
     ) -> Tensor:
         assert attention_mask is None and attention_bias is None, "masks come from the segments"
         if packed_seq_params is None:
             return dense_attention(query, key, value, self.causal, self.scale)
         assert self.causal and query.shape[1] == 1, "packed rows are causal, one row at a time"
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            out = varlen_attention(q, k, v, packed_seq_params, self.scale)
+        if isinstance(packed_seq_params, CachedStep):
+            out = cached_attention(q, k, v, packed_seq_params, self.layer, self.scale)
         else:
-            out = segment_attention(q, k, v, packed_seq_params, self.scale)
+            out = packed_attention(q, k, v, packed_seq_params, self.scale)
         return out.flatten(1).unsqueeze(1)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Causal attention inside every segment. [T, heads, d] -> [T, heads, d]."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return varlen_attention(q, k, v, segments, scale)
+    return segment_attention(q, k, v, segments, scale)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, step: CachedStep, layer: int, scale: float | None) -> Tensor:
+    """Remember this step's keys and values, then attend: prompts inside themselves, the others to their slot."""
+    keys, values = step.cache.write(layer, step.slots, step.positions, k, v)
+    outputs = []
+    if step.prompts is not None:
+        q1, k1, v1 = (x[: step.prompt_tokens] for x in (q, k, v))
+        outputs.append(packed_attention(q1, k1, v1, step.prompts, scale))
+    if step.queries is not None:
+        outputs.append(attend_to_cache(q, step, keys, values, scale))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.segments import Segments, make_segments
 from vlm_nemo.types import IGNORE_INDEX, PackedBatch
 
@@ -23,27 +24,33 @@ class ModelBatch:
     """[1, T] float32: 1 where supervised"""
     positions: Tensor
     """[3, 1, T] int64"""
-    segments: Segments
+    segments: Segments | CachedStep
     images: Tensor
     """[N, 3, H, W] uint8; one blank image where the row has none, so that every rank runs the same layers"""
     image_slots: Tensor
     """[N * P] int64: the row's placeholders in order; empty where the row has no images"""
 
 
+def image_slots(tokens: Tensor, image_token: int, images: int, tokens_per_image: int) -> Tensor:
+    """[N * P] int64: where the placeholders are among tokens [T].
+
+    Raises ValueError with both counts where they are not as many as the images' embeddings.
+    """
+    slots = (tokens == image_token).nonzero().flatten()
+    if slots.numel() != images * tokens_per_image:
+        raise ValueError(
+            f"the row has {slots.numel()} image placeholders but {images} images of {tokens_per_image} embeddings "
+            f"({images * tokens_per_image}); they must be equal"
+        )
+    return slots
+
+
 def model_batch(
     row: PackedBatch, *, image_token: int, tokens_per_image: int, image_size: int, device: torch.device
 ) -> ModelBatch:
-    """Check a row and move it.
-
-    Raises ValueError with both counts where placeholders and images disagree: half an image is never merged.
-    """
-    slots = (row.tokens == image_token).nonzero().flatten()
+    """Check a row and move it. Raises ValueError as `image_slots` does: half an image is never merged."""
     count = row.images.shape[0]
-    if slots.numel() != count * tokens_per_image:
-        raise ValueError(
-            f"the row has {slots.numel()} image placeholders but {count} images of {tokens_per_image} embeddings "
-            f"({count * tokens_per_image}); they must be equal"
-        )
+    slots = image_slots(row.tokens, image_token, count, tokens_per_image)
     images = row.images if count else torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
     supervised = row.labels != IGNORE_INDEX
 

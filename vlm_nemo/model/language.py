@@ -10,11 +10,22 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import LanguageConfig
 from vlm_nemo.model.transformer import block_spec, transformer_config
 from vlm_nemo.runtime.config import ParallelConfig
+
+
+class Decoder(GPTModel):
+    """GPTModel that computes the logits of a generation step at the last token of every row only."""
+
+    def _postprocess(self, hidden_states: Tensor, *, packed_seq_params: Any = None, **given: Any) -> Tensor:
+        if self.post_process and isinstance(packed_seq_params, CachedStep):
+            hidden_states = hidden_states[packed_seq_params.last]
+        return super()._postprocess(hidden_states, packed_seq_params=packed_seq_params, **given)
 
 
 def language_config(
@@ -45,9 +56,9 @@ def language_config(
 
 def language_model(
     cfg: LanguageConfig, config: TransformerConfig, *, first: bool, last: bool, vp_stage: int | None
-) -> GPTModel:
+) -> Decoder:
     """One pipeline stage (or virtual chunk) of the decoder. first holds the embedding, last the head."""
-    return GPTModel(
+    return Decoder(
         config,
         block_spec(get_num_layers_to_build(config, vp_stage=vp_stage), AttnMaskType.causal),
         vocab_size=cfg.vocab_size,

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_nemo.data.layout import ImageSpec, image_spec
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
@@ -27,9 +28,15 @@ def layers_used(cfg: VisionConfig) -> int:
     return used
 
 
+def spec_of(cfg: VisionConfig) -> ImageSpec:
+    """What the tower expects, in the data engine's words. Raises UserError if the patch does not divide the image."""
+    kept = cfg.class_token and cfg.keep_class_token
+    return image_spec(cfg.image_size, cfg.patch_size, kept, cfg.aspect, tuple(cfg.mean))
+
+
 def output_tokens(cfg: VisionConfig) -> int:
     """Vectors an image gives the projector."""
-    return (cfg.image_size // cfg.patch_size) ** 2 + (1 if cfg.class_token and cfg.keep_class_token else 0)
+    return spec_of(cfg).tokens
 
 
 class VisionTower(MegatronModule):
@@ -51,10 +58,7 @@ class VisionTower(MegatronModule):
             add_qkv_bias=True,
         )
         super().__init__(config=config)
-        if cfg.image_size % cfg.patch_size:
-            raise UserError(
-                f"model.vision.image_size {cfg.image_size} is not a multiple of patch_size {cfg.patch_size}"
-            )
+        spec_of(cfg)  # refuses sizes that do not divide
         self.cfg = cfg
         grid = cfg.image_size // cfg.patch_size
         self.patch_weight = nn.Parameter(torch.empty(cfg.hidden_size, 3 * cfg.patch_size**2, dtype=dtype))

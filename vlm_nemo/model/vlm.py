@@ -44,8 +44,9 @@ class VLM(MegatronModule):
         )
 
     def forward(self, batch: ModelBatch, *, gather_logits: bool = False, image_embeds: Tensor | None = None) -> Tensor:
-        """Last stage: the loss of every token [1, T], or the logits [1, T, V] with gather_logits. Earlier stages:
-        hidden states [T, 1, D] (split over the tensor group under sequence parallelism).
+        """Last stage: the loss of every token [1, T], or with gather_logits the logits [1, T, V] (of a generation
+        step, those after each row: [1, rows, V]). Earlier stages: hidden states [T, 1, D] (split over the tensor
+        group under sequence parallelism).
 
         image_embeds: [N, P, D], the result of `embed_images` for this batch, where it is known already.
         """

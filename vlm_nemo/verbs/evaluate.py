@@ -1,9 +1,11 @@
-"""`vlm-nemo evaluate`: ask a checkpoint the held-out questions; write scores, predictions and a gallery."""
+"""`vlm-nemo evaluate`: ask a model the held-out questions; write scores, predictions and a gallery."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,38 +15,37 @@ from rich.table import Table
 
 from vlm_nemo.config import Config
 from vlm_nemo.evaluate import gallery, vqa
-from vlm_nemo.runtime import device, groups
-from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.train import checkpoint
-from vlm_nemo.verbs.common import Loaded, inference_layout, set_up_logging
+from vlm_nemo.infer.config import InferConfig
+from vlm_nemo.infer.load import open_model
+from vlm_nemo.verbs.common import set_up_logging
 
 
 def evaluate(cfg: Config) -> None:
-    """Evaluate `checkpoint.load` on `evaluate.data`, under the layout that the configuration says."""
-    with device.adapter():
-        layout = inference_layout(cfg.parallel)
-        ranks = groups.start(layout, cfg.seed)
-        set_up_logging(ranks.rank)
-        assert cfg.checkpoint.load is not None  # the verb requires it
-        loaded = Loaded(checkpoint.find(cfg.checkpoint.load), layout, cfg.precision, ranks)
-        _evaluate(cfg, loaded, ranks)
-        groups.stop()
-
-
-def _evaluate(cfg: Config, loaded: Loaded, ranks: Ranks) -> None:
-    with Progress(console=Console(stderr=True), disable=not (ranks.main and sys.stderr.isatty())) as bar:
+    """Evaluate `checkpoint.load` (or evaluate.hf, evaluate.export) on `evaluate.data`, under the layout that the
+    configuration says."""
+    set_up_logging(int(os.environ.get("RANK", "0")))
+    other = cfg.evaluate.hf or cfg.evaluate.export
+    model = open_model(
+        checkpoint=None if other else cfg.checkpoint.load,
+        hf=cfg.evaluate.hf,
+        export=cfg.evaluate.export,
+        infer=InferConfig(slots=cfg.evaluate.slots),
+        parallel=cfg.parallel,
+        precision=cfg.precision,
+    )
+    main = model.ranks is None or model.ranks.main
+    with Progress(console=Console(stderr=True), disable=not (main and sys.stderr.isatty())) as bar:
         task = bar.add_task("evaluate", total=None)
         scores, records = vqa.evaluate(
-            cfg.evaluate,
-            loaded.engine,
-            loaded.tokenizer,
-            loaded.template,
-            loaded.spec,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            cfg.evaluate, model, lambda done, total: bar.update(task, completed=done, total=total)
         )
-    if not ranks.main:
-        return
-    out = Path(cfg.run_dir)
+    if main:
+        write_results(Path(cfg.run_dir), scores, records, model.info["source"], cfg.evaluate.gallery)
+    model.close()
+
+
+def write_results(out: Path, scores: vqa.Scores, records: Sequence[vqa.Answered], source: str, pictures: int) -> None:
+    """scores.json, predictions.jsonl, the gallery and the contact sheet; the table goes to the screen."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(asdict(scores), indent=1) + "\n")
     with (out / "predictions.jsonl").open("w") as file:
@@ -59,9 +60,9 @@ def _evaluate(cfg: Config, loaded: Loaded, ranks: Ranks) -> None:
             }
             file.write(json.dumps(line) + "\n")
     written = [out / "scores.json", out / "predictions.jsonl"]
-    shown = gallery.choose(records, cfg.evaluate.gallery)
+    shown = gallery.choose(records, pictures)
     if shown:
-        gallery.write_gallery(out / "gallery.html", shown, scores, f"{loaded.path}")
+        gallery.write_gallery(out / "gallery.html", shown, scores, source)
         gallery.write_contact_sheet(out / "contact.png", shown)
         written += [out / "gallery.html", out / "contact.png"]
     Console().print(score_table(scores))

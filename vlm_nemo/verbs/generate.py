@@ -1,18 +1,22 @@
-"""`vlm-nemo generate`: one question, with or without images, to a checkpoint."""
+"""`vlm-nemo generate`: one question, with or without images, to a model."""
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 
 from vlm_nemo.config import GenerateRoot
 from vlm_nemo.data.chat import count_markers, encode_prompt
+from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.sample import Message
-from vlm_nemo.evaluate.vqa import stack_images
-from vlm_nemo.infer.engine import Request
-from vlm_nemo.runtime import device, groups
-from vlm_nemo.train import checkpoint
+from vlm_nemo.infer import replicas
+from vlm_nemo.infer.config import InferConfig
+from vlm_nemo.infer.engine import Prompt
+from vlm_nemo.infer.load import open_model
+from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.types import IMAGE_MARKER, UserError
-from vlm_nemo.verbs.common import Loaded, inference_layout, set_up_logging
+from vlm_nemo.verbs.common import set_up_logging
 
 
 def generate(cfg: GenerateRoot) -> None:
@@ -27,18 +31,32 @@ def generate(cfg: GenerateRoot) -> None:
             f"the prompt has {count_markers(messages)} {IMAGE_MARKER} and {len(images)} images were given; "
             "they must be equal"
         )
-    with device.adapter():
-        layout = inference_layout(cfg.parallel)
-        ranks = groups.start(layout, seed=0)
-        set_up_logging(ranks.rank)
-        assert cfg.checkpoint.load is not None  # the verb requires it
-        loaded = Loaded(checkpoint.find(cfg.checkpoint.load), layout, cfg.precision, ranks)
-        tokens = encode_prompt(messages, loaded.tokenizer, loaded.template, [loaded.spec.tokens] * len(images))
-        request = Request(tokens=tokens, images=lambda: stack_images(images, loaded.spec))
-        (answer,) = loaded.engine.generate([request], cfg.infer.max_new_tokens)
-        if ranks.main:
-            print(loaded.tokenizer.decode(answer).strip())
-        groups.stop()
+    set_up_logging(int(os.environ.get("RANK", "0")))
+    model = open_model(
+        checkpoint=cfg.checkpoint.load,
+        hf=cfg.hf,
+        export=cfg.export,
+        infer=cfg.infer,
+        parallel=cfg.parallel,
+        precision=cfg.precision,
+    )
+    tokens = encode_prompt(messages, model.tokenizer, model.template, [model.spec.tokens] * len(images))
+    asked = Prompt(tokens=tokens, images=partial(decode_images, images, model.spec))
+    (output,) = replicas.generate(model, [asked], sampling_of(cfg.infer))
+    if model.ranks is None or model.ranks.main:
+        print(output.outputs[0].text.strip())
+    model.close()
+
+
+def sampling_of(cfg: InferConfig) -> SamplingParams:
+    """What the command line asks of one answer."""
+    return SamplingParams(
+        max_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        seed=cfg.seed,
+    )
 
 
 def _read(path: str) -> bytes:

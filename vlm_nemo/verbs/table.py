@@ -23,8 +23,9 @@ class Verb:
     """module:function, called with the composed root object."""
     required: tuple[str, ...] = ()
     """Keys that need a value in this verb, beyond those that the dataclasses demand."""
-    named: tuple[str, ...] = ()
-    """Keys that the command line itself has to name: a recipe's value means something else here."""
+    model: tuple[str, ...] = ()
+    """Keys of which the command line itself has to name one, and only one: the model that is asked. (A recipe's
+    checkpoint.load is where its training starts from.)"""
     positional: str | None = None
     """The key that a bare word sets."""
     recipes: bool = False
@@ -75,8 +76,8 @@ VERBS: dict[str, Verb] = {
             ),
             root=config.Config,
             run="vlm_nemo.verbs.evaluate:evaluate",
-            required=("checkpoint.load", "evaluate.data"),
-            named=("checkpoint.load",),  # a recipe's is where its training starts from
+            required=("evaluate.data",),
+            model=("checkpoint.load", "evaluate.hf", "evaluate.export"),
             recipes=True,
             notes=(CHECKPOINT_NOTE, "the model's own settings come from the checkpoint"),
         ),
@@ -89,7 +90,8 @@ VERBS: dict[str, Verb] = {
             ),
             root=config.GenerateRoot,
             run="vlm_nemo.verbs.generate:generate",
-            required=("checkpoint.load", "prompt"),
+            required=("prompt",),
+            model=("checkpoint.load", "hf", "export"),
             notes=(CHECKPOINT_NOTE, "the model's own settings come from the checkpoint"),
         ),
     )

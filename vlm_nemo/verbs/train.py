@@ -16,6 +16,7 @@ from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
+from vlm_nemo.model.vision import spec_of
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
@@ -25,7 +26,7 @@ from vlm_nemo.train.metrics import MetricsWriter
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
-from vlm_nemo.verbs.common import check_vocabulary, set_up_logging, spec_of
+from vlm_nemo.verbs.common import check_vocabulary, set_up_logging
 
 
 def train(cfg: Config) -> None:

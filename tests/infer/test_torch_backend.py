@@ -1,0 +1,124 @@
+"""Generation through the cache equals a whole forward a token, row by row, whatever shares the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests import tiny
+from tests.ranks import run_ranks
+from vlm_nemo.infer.backend import Row
+from vlm_nemo.infer.torch_backend import TorchBackend
+from vlm_nemo.model.batch import model_batch
+from vlm_nemo.model.build import build_model
+from vlm_nemo.model.vlm import VLM
+from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime.config import ParallelConfig
+
+PROMPTS = [(1, 9, 1), (2, 17, 2), (3, 5, 0), (4, 30, 1)]
+"""seed, tokens, images"""
+
+
+@pytest.fixture
+def chunk() -> Iterator[VLM]:
+    with device.adapter():
+        groups.start(ParallelConfig(), seed=0)
+        (built,) = build_model(tiny.tiny_model(), ParallelConfig(), "fp32", seed=3)
+        yield built.eval()
+        groups.stop()
+
+
+def backend_of(chunk: VLM, parallel: ParallelConfig | None = None, slots: int = 6) -> TorchBackend:
+    ranks = groups.lay_out(parallel or ParallelConfig(), seed=0)
+    return TorchBackend(chunk, tiny.tiny_model(), ranks, tiny.IMAGE, slots, 64)
+
+
+def prompt(seed: int, length: int, images: int) -> tuple[list[int], NDArray[np.uint8]]:
+    tokens, _, pixels = tiny.sample(seed, length, images)
+    return tokens.tolist(), pixels.numpy()
+
+
+@torch.no_grad()
+def without_cache(chunk: VLM, tokens: list[int], images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The logits after the last token, by one training-like forward."""
+    sample = (torch.tensor(tokens), torch.full((len(tokens),), -100), torch.from_numpy(images))
+    row = tiny.row([sample], len(tokens))
+    batch = model_batch(row, image_token=tiny.IMAGE, tokens_per_image=4, image_size=16, device=device.device())
+    return chunk(batch, gather_logits=True)[0, -1].numpy()
+
+
+def continuation(seed: int, length: int) -> list[int]:
+    return torch.randint(10, 60, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_every_way_through_the_cache_gives_the_same_logits(chunk: VLM) -> None:
+    backend = backend_of(chunk)
+    texts = [prompt(*p) for p in PROMPTS]
+    slots = [4, 1, 2, 0]
+    # Prompts together
+    found = backend.run([Row(slot=s, start=0, tokens=t, images=i) for s, (t, i) in zip(slots, texts, strict=True)])
+    for logits, (tokens, images) in zip(found, texts, strict=True):
+        np.testing.assert_allclose(logits, without_cache(chunk, tokens, images), atol=1e-5)
+    # Single tokens of uneven rows, then several tokens at once, then a new prompt in an old slot beside the others
+    said: list[list[int]] = [[] for _ in texts]
+    for n in (1, 1, 3):
+        rows = []
+        for i, ((tokens, _), slot) in enumerate(zip(texts, slots, strict=True)):
+            new = continuation(10 * i + len(said[i]), n if i != 1 else 1)
+            rows.append(Row(slot=slot, start=len(tokens) + len(said[i]), tokens=new))
+            said[i] += new
+        for logits, (tokens, images), more in zip(backend.run(rows), texts, said, strict=True):
+            np.testing.assert_allclose(logits, without_cache(chunk, tokens + more, images), atol=1e-5)
+    fresh, picture = prompt(9, 7, 1)
+    mixed = [
+        Row(slot=4, start=len(texts[0][0]) + len(said[0]), tokens=[11]),
+        Row(slot=1, start=0, tokens=fresh, images=picture),
+        Row(slot=0, start=len(texts[3][0]) + len(said[3]), tokens=[12, 13]),
+    ]
+    first, second, third = backend.run(mixed)
+    np.testing.assert_allclose(first, without_cache(chunk, [*texts[0][0], *said[0], 11], texts[0][1]), atol=1e-5)
+    np.testing.assert_allclose(second, without_cache(chunk, fresh, picture), atol=1e-5)
+    np.testing.assert_allclose(third, without_cache(chunk, [*texts[3][0], *said[3], 12, 13], texts[3][1]), atol=1e-5)
+
+
+def test_row_mates_and_slots_change_no_bit_that_matters(chunk: VLM) -> None:
+    texts = [prompt(*p) for p in PROMPTS]
+    together = backend_of(chunk).run([Row(slot=i, start=0, tokens=t, images=p) for i, (t, p) in enumerate(texts)])
+    alone = [backend_of(chunk).run([Row(slot=3, start=0, tokens=t, images=p)])[0] for t, p in texts]
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
+    assert len({int(row.argmax()) for row in together}) > 1, "the rows must differ to show anything"
+
+
+def test_counts_must_agree_in_every_row(chunk: VLM) -> None:
+    """Two rows whose mistakes cancel are still two mistakes."""
+    (tokens, images), (other, _) = prompt(1, 9, 1), prompt(3, 5, 0)
+    rows = [Row(slot=0, start=0, tokens=tokens), Row(slot=1, start=0, tokens=other, images=images)]
+    with pytest.raises(ValueError, match="the row has 4 image placeholders but 0 images of 4 embeddings"):
+        backend_of(chunk).run(rows)
+
+
+def on_ranks(layout: dict[str, int]) -> list[list[float]]:
+    """Prompts, then two more tokens each."""
+    parallel = ParallelConfig(**layout)
+    with device.adapter():
+        groups.start(parallel, seed=0)
+        (built,) = build_model(tiny.tiny_model(), parallel, "fp32", seed=3)
+        backend = backend_of(built, parallel)
+        texts = [prompt(*p) for p in PROMPTS]
+        found = [backend.run([Row(slot=i, start=0, tokens=t, images=p) for i, (t, p) in enumerate(texts)])]
+        for step in range(2):
+            rows = [Row(slot=i, start=len(t) + step, tokens=[20 + i + step]) for i, (t, _) in enumerate(texts)]
+            found.append(backend.run(rows))
+        groups.stop()
+    return np.concatenate(found).tolist()
+
+
+def test_layouts_answer_alike_on_every_rank() -> None:
+    (whole,) = run_ranks(on_ranks, 1, {})
+    for layout in ({"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}):
+        for rank in run_ranks(on_ranks, int(np.prod(list(layout.values()))), layout):
+            np.testing.assert_allclose(rank, whole, atol=1e-4)

@@ -1,0 +1,188 @@
+"""Open a model to ask it: one of our checkpoints, a Hugging Face folder, or an export bundle. Same words afterwards.
+
+torch and megatron-core are imported only for the first two: a server of exported models needs neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_nemo.data.chat import TEMPLATES, Template
+from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.infer.backend import Backend
+from vlm_nemo.infer.config import InferConfig
+from vlm_nemo.infer.engine import Engine
+from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.types import UserError
+
+if TYPE_CHECKING:
+    from vlm_nemo.model.config import ModelConfig
+    from vlm_nemo.runtime.groups import Ranks
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A model with all that a prompt to it needs."""
+
+    name: str
+    """What a server calls it."""
+    tokenizer: Tokenizer
+    template: Template
+    spec: ImageSpec
+    engine: Engine
+    info: dict[str, Any]
+    """backend, precision, source, context_length (tokens): what a server's metadata says"""
+    ranks: Ranks | None = None
+    """Where this process stands; None where no process group was started."""
+
+    def close(self) -> None:
+        """Leave the job's process groups, if there are any."""
+        if self.ranks is not None:
+            from vlm_nemo.runtime import groups
+
+            groups.stop()
+
+
+def open_model(
+    *,
+    checkpoint: str | None = None,
+    hf: str | None = None,
+    export: str | None = None,
+    infer: InferConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    precision: str = "auto",
+) -> LoadedModel:
+    """Open what exactly one of checkpoint, hf and export names; every rank of the job calls it alike.
+
+    precision: fp32 | bf16 | auto, as it was trained or exported.
+    Raises UserError for none or several sources, a damaged or unknown folder, a layout that does not fit.
+    """
+    given = {"checkpoint": checkpoint, "hf": hf, "export": export}
+    named = [key for key, value in given.items() if value]
+    if len(named) != 1:
+        raise UserError(
+            f"name exactly one model: checkpoint=DIR, hf=DIR or export=DIR (got {', '.join(named) or 'none'})"
+        )
+    infer = infer or InferConfig()
+    if export:
+        return _open_bundle(export, infer)
+    layout = inference_layout(parallel or ParallelConfig())
+    if hf:
+        return _open_hf(hf, infer, layout, precision)
+    assert checkpoint is not None
+    return _open_checkpoint(checkpoint, infer, layout, precision)
+
+
+def inference_layout(parallel: ParallelConfig) -> ParallelConfig:
+    """The same ranks, without what only training needs or can do; any checkpoint loads at any layout."""
+    return replace(parallel, virtual=1, sequence=False, recompute="none", distributed_optimizer=False)
+
+
+def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:
+    from vlm_nemo.runtime import device, groups
+    from vlm_nemo.train import checkpoint
+    from vlm_nemo.train.origin import checkpoint_config, model_config
+
+    step_folder = checkpoint.find(path)
+    with device.adapter():
+        ranks = groups.start(parallel, seed=0)
+        checkpoint.check(step_folder, ranks, ("weights/", "tokenizer/", "config.yaml"))
+        saved = checkpoint_config(step_folder)
+        return _with_torch(
+            model_config(saved),
+            infer,
+            parallel,
+            saved["precision"] if precision == "auto" else precision,
+            ranks,
+            source=step_folder,
+            tokenizer=Tokenizer(step_folder / "tokenizer"),
+            template=saved["data"]["template"],
+            load=lambda chunks: checkpoint.load_weights(step_folder, chunks),
+        )
+
+
+def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:
+    from vlm_nemo.runtime import device, groups
+    from vlm_nemo.weights import hf
+
+    folder = hf.HFFolder(path)
+    with device.adapter():
+        ranks = groups.start(parallel, seed=0)
+        return _with_torch(
+            hf.model_config_of(folder),
+            infer,
+            parallel,
+            hf.precision_of(folder) if precision == "auto" else precision,
+            ranks,
+            source=Path(path),
+            tokenizer=Tokenizer(path),
+            template=hf.template_of(folder),
+            load=lambda chunks: hf.load_hf_weights(folder, chunks),
+        )
+
+
+def _with_torch(
+    cfg: ModelConfig,
+    infer: InferConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    ranks: Ranks,
+    *,
+    source: Path,
+    tokenizer: Tokenizer,
+    template: str,
+    load: Any,
+) -> LoadedModel:
+    from vlm_nemo.infer.torch_backend import TorchBackend
+    from vlm_nemo.model.build import build_model
+    from vlm_nemo.model.vision import spec_of
+    from vlm_nemo.runtime.layout import check_layout
+
+    check_layout(parallel, cfg, world_size=ranks.world)
+    chunks = build_model(cfg, parallel, precision, 0, fresh=())
+    load(chunks)
+    capacity = min(infer.max_tokens or cfg.language.max_positions, cfg.language.max_positions)
+    backend = TorchBackend(chunks[0], cfg, ranks, tokenizer.image_id, infer.slots, capacity)
+    return LoadedModel(
+        name=infer.name or _name(source),
+        tokenizer=tokenizer,
+        template=TEMPLATES[template],
+        spec=spec_of(cfg.vision),
+        engine=_engine(backend, tokenizer, infer),
+        info=_info("torch", precision, source, capacity),
+        ranks=ranks,
+    )
+
+
+def _open_bundle(path: str, infer: InferConfig) -> LoadedModel:
+    from vlm_nemo.infer.bundle import open_bundle
+
+    bundle = open_bundle(Path(path))
+    backend = bundle.backend(infer.engine, slots=infer.slots)
+    return LoadedModel(
+        name=infer.name or bundle.name or _name(Path(path)),
+        tokenizer=bundle.tokenizer(),
+        template=TEMPLATES[bundle.template],
+        spec=bundle.image_spec(),
+        engine=_engine(backend, bundle.tokenizer(), infer),
+        info=_info(backend.kind, bundle.precision, Path(path), backend.capacity),
+    )
+
+
+def _engine(backend: Backend, tokenizer: Tokenizer, infer: InferConfig) -> Engine:
+    return Engine(backend, tokenizer, prefill_tokens=infer.prefill_tokens)
+
+
+def _info(backend: str, precision: str, source: Path, capacity: int) -> dict[str, Any]:
+    return {"backend": backend, "precision": precision, "source": str(source), "context_length": capacity}
+
+
+def _name(source: Path) -> str:
+    """runs/demo/stage3/checkpoints/step_002100 -> stage3; models/llava-1.5-7b-hf -> llava-1.5-7b-hf."""
+    for part in reversed(source.resolve().parts):
+        if not part.startswith("step_") and part not in ("checkpoints", "export"):
+            return part
+    return "model"

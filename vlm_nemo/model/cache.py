@@ -1,0 +1,134 @@
+"""The key/value cache of generation, and attention through it, for packed rows of prompts and single tokens.
+
+A step is one row of tokens, as in training; it begins with whole prompts, then come the tokens that go on behind what
+their slots hold already:
+
+    tokens    p p p p | q q | a | b        two prompts into slots 0 and 3, one more token for slots 1 and 2
+    position  0 1 2 3 | 0 1 | 7 | 4
+
+Prompts attend inside themselves exactly as samples do in training. The others attend to their slot of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm_nemo.model.segments import Segments, make_segments
+
+
+class KVCache:
+    """Keys and values of `slots` sequences of up to `capacity` tokens, for the layers and heads of this rank.
+
+    A layer's tensors are made when it is first used: [slots, capacity, kv_heads, d] each.
+    """
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put tokens [T, kv_heads, d] where they belong; the whole layer's keys and values."""
+        if layer not in self._layers:
+            shape = (self.slots, self.capacity, *k.shape[1:])
+            # Zeros, not empty memory: what is masked is still multiplied by zero, and zero times NaN is NaN
+            self._layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+        keys, values = self._layers[layer]
+        keys[slots, positions] = k
+        values[slots, positions] = v
+        return keys, values
+
+
+@dataclass
+class CachedStep(PackedSeqParams):
+    """Where the tokens of one step lie; stands where Segments stands in training. Tensors on the model's device."""
+
+    cache: Any = None
+    """The KVCache."""
+    slots: Tensor | None = None
+    """[T] int64: the slot of every token"""
+    positions: Tensor | None = None
+    """[T] int64: its place in the slot"""
+    prompt_tokens: int = 0
+    """How many tokens, from the first, belong to whole prompts."""
+    prompts: Segments | None = None
+    """Where those prompts lie; None without any"""
+    rows: Tensor | None = None
+    """[R] int64: the slots of the rows that go on"""
+    contiguous: slice | None = None
+    """The same slots as a slice, where they are one"""
+    longest: int = 0
+    """The most tokens that one of these slots holds, the new ones included."""
+    queries: Tensor | None = None
+    """[R, n] int64: the row's tokens among the T; short rows repeat their last one"""
+    visible: Tensor | None = None
+    """[R, 1, n, longest] bool: what each query may see"""
+    row_of_token: Tensor | None = None
+    """[tokens that go on] int64: where the answer to each lies in the flattened [R, n]"""
+    last: Tensor | None = None
+    """[rows] int64: the last token of every row, in the order of the rows: whose logits are wanted"""
+
+
+def cached_step(cache: KVCache, rows: list[tuple[int, int, int]], device: torch.device) -> CachedStep:
+    """Lay out a step. rows: (slot, start, tokens), the prompts (start 0) first."""
+    fresh = [n for _, start, n in rows if start == 0]
+    going = [row for row in rows if row[1] > 0]
+    assert [row[1] for row in rows[: len(fresh)]] == [0] * len(fresh), "prompts come first"
+    slots = torch.cat([torch.full((n,), slot) for slot, _, n in rows])
+    positions = torch.cat([torch.arange(start, start + n) for _, start, n in rows])
+    ends = torch.tensor([n for _, _, n in rows]).cumsum(0)
+    step = CachedStep(
+        qkv_format="sbhd",  # see segments.py
+        cache=cache,
+        slots=slots.to(device),
+        positions=positions.to(device),
+        prompt_tokens=sum(fresh),
+        last=(ends - 1).to(device),
+    )
+    if fresh:
+        cu = torch.tensor([0, *fresh], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        step.prompts = make_segments(cu, sum(fresh)).moved(lambda x: x.to(device))
+    if going:
+        numbers = [slot for slot, _, _ in going]
+        first, most = ends[len(fresh) - 1].item() if fresh else 0, max(n for _, _, n in going)
+        step.longest = max(start + n for _, start, n in going)
+        step.rows = torch.tensor(numbers, device=device)
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            step.contiguous = slice(numbers[0], numbers[0] + len(numbers))
+        queries = torch.empty(len(going), most, dtype=torch.int64)
+        row_of_token = []
+        at = int(first)
+        for row, (_, _, n) in enumerate(going):
+            queries[row] = torch.arange(at, at + most).clamp(max=at + n - 1)
+            row_of_token += range(row * most, row * most + n)
+            at += n
+        visible = torch.arange(step.longest) <= positions[queries][..., None]
+        step.queries, step.visible = queries.to(device), visible[:, None].to(device)
+        step.row_of_token = torch.tensor(row_of_token, device=device)
+    return step
+
+
+def attend_to_cache(q: Tensor, step: CachedStep, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    """The tokens that go on. q: [T, heads, d] of the whole step -> [their number, heads, d].
+
+    keys, values: [slots, capacity, kv_heads, d].
+    """
+    assert step.queries is not None and step.rows is not None
+    which = step.contiguous if step.contiguous is not None else step.rows
+    k, v = (x[which, : step.longest].transpose(1, 2) for x in (keys, values))
+    rows, n = step.queries.shape
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    asked = q[step.queries].transpose(1, 2)  # [R, heads, n, d]
+    visible = step.visible
+    if n == 1:  # the queries that share a key/value head become its rows: nothing is repeated
+        asked = asked.reshape(rows, kv_heads, groups, -1)
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = F.scaled_dot_product_attention(asked, k, v, attn_mask=visible, scale=scale)
+    out = out.reshape(rows, q.shape[1], n, -1).transpose(1, 2).reshape(rows * n, q.shape[1], -1)
+    return out[step.row_of_token]

@@ -1,0 +1,37 @@
+"""What a checkpoint says of its model: sizes, template, precision. Plain data: nothing in it is ever instantiated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.types import UserError
+
+
+def checkpoint_config(step_folder: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was trained with. Raises UserError where it is not plain data of a run."""
+    import yaml
+
+    content = yaml.safe_load((step_folder / "config.yaml").read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not {"model", "data"} <= set(content):
+        raise UserError(f"{step_folder / 'config.yaml'} is not the configuration of a run")
+    if "${" in str(content):
+        raise UserError(
+            f"{step_folder / 'config.yaml'} holds an interpolation; a checkpoint's configuration is plain data"
+        )
+    return content
+
+
+def model_config(saved: dict[str, Any]) -> ModelConfig:
+    """The model's part of a checkpoint's configuration, checked against today's keys. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), saved["model"])
+        built = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the checkpoint's model configuration does not fit this version: {error}") from None
+    assert isinstance(built, ModelConfig)
+    return built
