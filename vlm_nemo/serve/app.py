@@ -1,12 +1,13 @@
 """The routes, NIM's and vLLM's: chat completions, models, health, metadata, metrics, and the page.
 
-    request -> gate (host, key) -> a place in the queue, else 429 -> body, bounded -> prepare (a thread)
-            -> engine's thread -> events -> whole answer or server-sent events
+request -> gate (host, key) -> a place in the queue, else 429 -> body, bounded -> prepare (a thread)
+        -> engine's thread -> events -> whole answer or server-sent events
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from vlm_nemo.serve.errors import APIError
 from vlm_nemo.serve.loop import EngineLoop, Full, Gone, deliver
 from vlm_nemo.serve.metrics import Metrics, RequestTimer
 from vlm_nemo.serve.prompt import Prepared, prepare
+
+logger = logging.getLogger(__name__)
 
 API_VERSION = "v1"
 CLIENT_GONE = 499
@@ -109,20 +112,23 @@ class Conversation:
         self._queue.put_nowait(event)
 
     async def next(self) -> Event:
-        """The next event. Raises APIError where the engine could not do it (400) or is gone (500, 503)."""
+        """The next event. Raises APIError where the engine refused (400), could not (500) or is gone (500, 503)."""
         event = await self._queue.get()
         if event is not None and event.finish_reason is not None:
             self._left -= 1
         if event is None or event.finish_reason == "cancelled":
             raise errors.unavailable("The server is stopping.") if self._loop.stopping else errors.internal()
         if event.finish_reason == "error":
-            raise errors.bad_request(event.error or "This request could not be answered.")
+            logger.error("a request ended with an error: %s", event.error)
+            # What a client can do wrong has been looked for; the engine refuses before it gives a number
+            raise errors.bad_request(event.error or "refused") if event.request < 0 else errors.internal()
         return event
 
     async def next_unless(self, gone: asyncio.Future[None]) -> Event:
         """The next event. Raises ClientGone when `gone` is done first, and as `next` does."""
         following = asyncio.ensure_future(self.next())
-        await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {following, gone}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not following.done():
             following.cancel()
             raise ClientGone
@@ -325,7 +331,7 @@ async def read_body(request: Request, cfg: ServeConfig) -> bytes:
 def _model_card(service: Service) -> dict[str, Any]:
     """An entry of /v1/models."""
     name, model = service.name, service.loop.model
-    context = None if model is None else model.info["context_length"]
+    context = None if model is None else model.engine.backend.capacity
     return {
         "id": name,
         "object": "model",

@@ -151,18 +151,19 @@ class EngineLoop:
         open_model: Callable[[], LoadedModel],
         *,
         max_waiting: int,
-        share: Share = alone,
+        sharer: Callable[[LoadedModel], Share] = lambda model: alone,
         on_ready: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
         idle_s: float = 5.0,
     ) -> None:
-        """open_model: runs in the thread. on_ready, on_end: called in the thread when requests may come, and never again.
+        """open_model: runs in the thread. sharer: how the model's ranks share commands.
 
+        on_ready, on_end: called in the thread, when requests may come and when none may any more.
         idle_s: an idle engine shares empty commands that often, so that no rank's wait times out.
         """
         self._open_model = open_model
         self._max_waiting = max_waiting
-        self._share = share
+        self._sharer = sharer
         self._on_ready, self._on_end = on_ready, on_end
         self._idle_s = idle_s
         self._post: Post = deliver
@@ -267,11 +268,12 @@ class EngineLoop:
     def _main(self) -> None:
         try:
             model = self._open_model()
+            share = self._sharer(model)
             with self._wake:
                 self.model = model
             self._on_ready()
             turns = Turns(model.engine)
-            while not (commands := self._share(self._next())).stop:
+            while not (commands := share(self._next())).stop:
                 self._turn(turns, commands)
         except BaseException as error:
             self.failure = error

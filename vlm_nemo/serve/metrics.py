@@ -82,9 +82,9 @@ class Metrics:
         return Counter(f"vllm:{name}", text, ["model_name"], registry=self.registry).labels(self._model)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(
-            f"vllm:{name}", text, ["model_name"], buckets=tuple(buckets), registry=self.registry
-        ).labels(self._model)
+        return Histogram(f"vllm:{name}", text, ["model_name"], buckets=tuple(buckets), registry=self.registry).labels(
+            self._model
+        )
 
 
 def _to_nim(found: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vlm_nemo.data.chat import encode_prompt
 from vlm_nemo.data.header import MAX_PIXELS
+from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec
 from vlm_nemo.data.sample import Message, SampleError
 from vlm_nemo.infer.sampling import SamplingParams
@@ -56,7 +57,7 @@ def prepare(request: ChatRequest, model: LoadedModel, name: str, cfg: ServeConfi
     params = schema.sampling(
         request,
         prompt_tokens=len(tokens),
-        context=int(model.info["context_length"]),
+        context=model.engine.backend.capacity,
         choices=cfg.max_choices,
         logprobs=cfg.max_logprobs,
     )
@@ -119,9 +120,7 @@ def decode(files: Sequence[bytes], spec: ImageSpec) -> NDArray[np.uint8] | None:
     """[n, 3, S, S], or None without images. Raises APIError (400) for a file whose pixels are damaged."""
     if not files:
         return None
-    from vlm_nemo.data.image import decode_image
-
     try:
-        return np.stack([np.asarray(decode_image(data, spec)) for data in files])
+        return decode_images(files, spec)
     except SampleError as error:
         raise bad_request(f"Failed to load image: {error.detail}", "image_url") from None

@@ -1,6 +1,6 @@
 """From a loop and a configuration to a listening process: key, address, signals, exit.
 
-    SIGTERM, SIGINT -> no new connections, 503 for new requests, serve.drain_s for answers that have begun, exit
+SIGTERM, SIGINT -> no new connections, 503 for new requests, serve.drain_s for answers that have begun, exit
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -34,42 +35,50 @@ MAX_HEADER_BYTES = 1 << 16
 
 
 def serve(
-    open_model: Callable[[], LoadedModel], cfg: ServeConfig, *, share: Share = alone, several: bool = False
+    open_model: Callable[[], LoadedModel],
+    cfg: ServeConfig,
+    *,
+    sharer: Callable[[LoadedModel], Share] = lambda model: alone,
+    several: bool = False,
 ) -> None:
     """Listen until a signal says stop. Raises UserError where the address, the key or the model is not good.
 
-    open_model: runs in the engine's thread, while health/ready says 503.
+    open_model: runs in the engine's thread, while health/ready says 503. sharer: how the model's ranks share commands.
     several: other ranks follow; then an engine that dies ends the process, so that the launcher ends them.
     """
-    key = read_key(cfg)
-    listener = bind(cfg, key)
-    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
-
-    def ready() -> None:
-        assert loop.model is not None
-        print(f"serving {cfg.name or loop.model.name} at {url} (ctrl-c ends it)", flush=True)
-
-    def ended() -> None:
-        if several or loop.model is None:
-            server.should_exit = True
-
-    loop = EngineLoop(open_model, max_waiting=cfg.max_waiting, share=share, on_ready=ready, on_end=ended)
-    gate = Gate(make_app(loop, cfg), hosts=hosts(cfg), key=key, log=cfg.access_log)
-    server = Server(gate, loop, cfg)
+    server = Server(open_model, cfg, sharer=sharer, several=several)
     with logs():
-        server.run(sockets=[listener])
-    if loop.failure is not None:
-        raise loop.failure
+        server.listen()
+    if server.loop.failure is not None:
+        raise server.loop.failure
+    if server.loop.model is not None:
+        server.loop.model.close()
 
 
 class Server(uvicorn.Server):
     """uvicorn, whose signals drain the engine and which then ends by itself instead of by the signal."""
 
-    def __init__(self, app: Gate, loop: EngineLoop, cfg: ServeConfig) -> None:
+    def __init__(
+        self,
+        open_model: Callable[[], LoadedModel],
+        cfg: ServeConfig,
+        *,
+        sharer: Callable[[LoadedModel], Share] = lambda model: alone,
+        several: bool = False,
+    ) -> None:
+        """Takes the address; `listen` answers. Raises UserError as `serve` does."""
+        key = read_key(cfg)
+        self._listener = bind(cfg, key)
+        host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+        self.url = f"http://{host}:{self._listener.getsockname()[1]}"
+        self._cfg = cfg
+        self._several = several
+        self.loop = EngineLoop(
+            open_model, max_waiting=cfg.max_waiting, sharer=sharer, on_ready=self._ready, on_end=self._ended
+        )
         super().__init__(
             uvicorn.Config(
-                app,
+                Gate(make_app(self.loop, cfg), hosts=hosts(cfg), key=key, log=cfg.access_log),
                 http="h11",
                 ws="none",
                 lifespan="on",
@@ -78,16 +87,21 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                # Running answers are cut off by the engine loop; this is for connections that hang
+                # Running answers are cut off by the engine's loop; this is for connections that hang
                 timeout_graceful_shutdown=max(1, int(cfg.drain_s) + 2),
             )
         )
-        self._loop = loop
-        self._drain_s = cfg.drain_s
+
+    def listen(self) -> None:
+        """Answer requests until a signal comes."""
+        self.run(sockets=[self._listener])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but that the signal is not raised again afterwards: the exit code is 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
@@ -101,7 +115,17 @@ class Server(uvicorn.Server):
         again = self.should_exit
         self.should_exit = True
         self.force_exit = again and sig == signal.SIGINT
-        self._loop.drain(0 if again else self._drain_s)
+        # Not here: the interrupted thread may hold the loop's lock
+        seconds = 0 if again else self._cfg.drain_s
+        threading.Thread(target=self.loop.drain, args=(seconds,), daemon=True).start()
+
+    def _ready(self) -> None:
+        assert self.loop.model is not None
+        print(f"serving {self._cfg.name or self.loop.model.name} at {self.url} (ctrl-c ends it)", flush=True)
+
+    def _ended(self) -> None:
+        if self._several or self.loop.model is None:
+            self.should_exit = True
 
 
 def read_key(cfg: ServeConfig) -> str | None:

@@ -1,10 +1,10 @@
-"""The body of POST /v1/chat/completions: OpenAI's fields, vLLM's limits and words. Fields we do not know are ignored."""
+"""The body of POST /v1/chat/completions: OpenAI's fields, vLLM's limits and words. Unknown fields are ignored."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 

@@ -94,5 +94,20 @@ VERBS: dict[str, Verb] = {
             model=("checkpoint.load", "hf", "export"),
             notes=(CHECKPOINT_NOTE, "the model's own settings come from the checkpoint"),
         ),
+        Verb(
+            name="serve",
+            summary="answer over HTTP as OpenAI's API does, and show a page to ask",
+            examples=(
+                "vlm-nemo serve export=runs/demo/export",
+                "launch/local.sh 2 serve checkpoint=runs/two/checkpoints parallel.tensor=2 serve.port=9000",
+            ),
+            root=config.ServeRoot,
+            run="vlm_nemo.verbs.serve:serve",
+            notes=(
+                CHECKPOINT_NOTE,
+                "exactly one of export=DIR, checkpoint=DIR and hf=DIR",
+                "asks everybody for an API key if the variable VLM_NEMO_API_KEY is set",
+            ),
+        ),
     )
 }
