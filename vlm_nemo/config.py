@@ -21,6 +21,7 @@ from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.options import ANY_NAME, did_you_mean, find, options
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.serve.config import ServeConfig
 from vlm_nemo.train.config import CheckpointConfig, LogConfig, OptimConfig, TrainerConfig
 from vlm_nemo.types import UserError
 
@@ -41,6 +42,7 @@ GROUPS: dict[str, str] = {
     "log": "vlm_nemo.train.metrics",
     "evaluate": "vlm_nemo.evaluate.vqa",
     "infer": "vlm_nemo.infer.engine",
+    "serve": "vlm_nemo.serve.app",
 }
 """Folder of conf/ -> the module that it configures: one to one."""
 
@@ -107,6 +109,22 @@ class ConvertRoot:
     """How a conversation becomes text, written into the checkpoint: a name in `vlm_nemo.data.chat.TEMPLATES`; auto =
     the one that the folder's chat template is, else vicuna, LLaVA-1.5's."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(kw_only=True)
+class ServeRoot:
+    """A model behind HTTP."""
+
+    export: str | None = None
+    """Bundle that `vlm-nemo export` wrote; needs neither torch nor megatron-core."""
+    hf: str | None = None
+    """Folder of Hugging Face's files."""
+    precision: str = field(default="auto", metadata={"choices": ("auto", *PRECISIONS)})
+    """Type of weights and activations; auto = as the model was trained or exported."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
 
 def home() -> Path:

@@ -122,5 +122,20 @@ VERBS: dict[str, Verb] = {
             ranks=False,
             notes=(CHECKPOINT_NOTE, "the graphs are compared with the model in torch; over a limit, the export fails"),
         ),
+        Verb(
+            name="serve",
+            summary="answer over HTTP as OpenAI's API does, and show a page to ask",
+            examples=(
+                "vlm-nemo serve export=runs/demo/export",
+                "launch/local.sh 2 serve checkpoint=runs/two/checkpoints parallel.tensor=2 serve.port=9000",
+            ),
+            root=config.ServeRoot,
+            run="vlm_nemo.verbs.serve:serve",
+            model=("checkpoint.load", "hf", "export"),
+            notes=(
+                CHECKPOINT_NOTE,
+                "asks everybody for an API key if the variable VLM_NEMO_API_KEY is set",
+            ),
+        ),
     )
 }
