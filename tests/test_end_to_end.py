@@ -170,7 +170,9 @@ def test_a_vocabulary_that_is_too_small(shards: Path, tmp_path: Path) -> None:
 
 def test_another_model_s_checkpoint_is_refused(stages: Path, shards: Path, tmp_path: Path) -> None:
     words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}", f"checkpoint={stages}/stage0"]
-    done = runs.run([sys.executable, "-c", THREADS_AT_EXIT, "train", *words, "model.language.ffn_hidden_size=96"], code=2)
+    done = runs.run(
+        [sys.executable, "-c", THREADS_AT_EXIT, "train", *words, "model.language.ffn_hidden_size=96"], code=2
+    )
     assert "error:" in done.stderr and "in the checkpoint but" in done.stderr
     # A thread that still decodes while the interpreter ends aborts the process (exit code -6) in some runs
     assert "threads left: []" in done.stdout
