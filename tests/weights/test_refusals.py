@@ -204,8 +204,10 @@ def test_a_model_that_has_no_class_there(part: str, field: str, value: Any, says
 
 def test_words_that_do_not_fit(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"out={tmp_path}/x"
-    assert "name one of hf=DIR" in error_of(capsys, out)
-    assert "name one of hf=DIR" in error_of(capsys, out, f"hf={good}/hub", f"checkpoint={good}/ours")
+    assert "name the model, as one of checkpoint=DIR, hf=DIR" in error_of(capsys, out)
+    assert "name the model, as one of checkpoint=DIR, hf=DIR" in error_of(
+        capsys, out, f"hf={good}/hub", f"checkpoint={good}/ours"
+    )
     assert "part=vision is for checkpoint=DIR" in error_of(capsys, out, f"hf={good}/hub", "part=vision")
     assert "template=shrot is unknown; did you mean short?" in error_of(capsys, out, f"hf={good}/hub", "template=shrot")
     assert "max_shard_gb=0.0 must be above 0" in error_of(capsys, out, f"hf={good}/hub", "max_shard_gb=0")

@@ -5,6 +5,7 @@ torch and megatron-core are imported only for the first two: a server of exporte
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from vlm_nemo.infer.bundle import Bundle
     from vlm_nemo.model.config import ModelConfig
     from vlm_nemo.runtime.groups import Ranks
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -183,7 +187,15 @@ def _runtime(bundle: Bundle, infer: InferConfig) -> tuple[str, Backend]:
     """What runs the bundle, by name: what was asked for, else an engine that fits this machine's GPU, else ONNX
     Runtime."""
     from vlm_nemo.infer.onnx_backend import OnnxBackend
+    from vlm_nemo.infer.tensorrt_backend import TensorRTBackend
 
+    if infer.runtime not in ("auto", "onnxruntime"):
+        return infer.runtime, TensorRTBackend(bundle, infer.runtime)
+    for compiler in sorted({engines.backend for engines in bundle.engines()}) if infer.runtime == "auto" else ():
+        try:
+            return compiler, TensorRTBackend(bundle, compiler)
+        except UserError as why:
+            log.warning("%s; ONNX Runtime answers instead", why)
     return "onnxruntime", OnnxBackend(bundle, slots=infer.slots)
 
 

@@ -20,8 +20,6 @@ DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 def convert(cfg: ConvertRoot) -> None:
     """Whichever way the words say; prints what became of what."""
-    if bool(cfg.hf) == bool(cfg.checkpoint.load):
-        raise UserError("name one of hf=DIR (to a checkpoint) and checkpoint=DIR (to Hugging Face)")
     if cfg.max_shard_gb <= 0:
         raise UserError(f"max_shard_gb={cfg.max_shard_gb} must be above 0")
     dtype, max_bytes, out = DTYPES[cfg.dtype], int(cfg.max_shard_gb * 1e9), Path(cfg.out)

@@ -33,8 +33,6 @@ from vlm_nemo.weights.words import export_tokenizer, import_tokenizer, template_
 
 def export(cfg: ExportConfig) -> None:
     """Write the export; prints what it does, the parity figures and what it wrote."""
-    if bool(cfg.hf) == bool(cfg.checkpoint.load):
-        raise UserError("name one of checkpoint=DIR and hf=DIR")
     if cfg.engine == "none" and cfg.engine_sm:
         raise UserError(f"engine_sm={cfg.engine_sm} is for engine=tensorrt_rtx; engine=none compiles nothing")
     with ExitStack() as opened:

@@ -104,6 +104,7 @@ VERBS: dict[str, Verb] = {
             ),
             root=config.ConvertRoot,
             run="vlm_nemo.verbs.convert:convert",
+            model=("checkpoint.load", "hf"),
             ranks=False,
             notes=(
                 CHECKPOINT_NOTE,
@@ -119,6 +120,7 @@ VERBS: dict[str, Verb] = {
             ),
             root=ExportConfig,
             run="vlm_nemo.verbs.export:export",
+            model=("checkpoint.load", "hf"),
             ranks=False,
             notes=(CHECKPOINT_NOTE, "the graphs are compared with the model in torch; over a limit, the export fails"),
         ),
