@@ -89,9 +89,9 @@ class Bundle:
             raise UserError(f"{path} holds {tensor['dtype']}, but {MANIFEST} says {self.precision}")
         return np.frombuffer(tensor["data"], dtype=self.storage).reshape(tensor["shape"])
 
-    def as_twin(self, folder: Path) -> Bundle:
-        """The same model in fp32, whose graphs and embeddings lie in `folder`."""
-        return replace(self, folder=folder, precision="fp32")
+    def at(self, folder: Path, precision: str | None = None) -> Bundle:
+        """The same model whose graphs, embeddings and engines lie in `folder`, in another precision if one is given."""
+        return replace(self, folder=folder, precision=precision or self.precision)
 
     def engines(self) -> list[Engines]:
         """The compiled engines, by name."""
