@@ -27,7 +27,7 @@ from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint
 from vlm_nemo.verbs.common import checkpoint_config, model_config, spec_of
-from vlm_nemo.weights.words import jinja
+from vlm_nemo.weights.words import export_tokenizer, import_tokenizer
 
 QUESTION = "What colour is the star?"
 
@@ -133,18 +133,17 @@ def test_logits_ids_and_pixels_are_ours(tmp_path: Path, variant: str, aspect: st
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("kind", ["byte level", "like Llama's"])
+@pytest.mark.parametrize("kind", ["byte level", "always", "first"])
 def test_the_chat_template_says_what_training_saw(tmp_path: Path, name: str, kind: str) -> None:
     if kind == "byte level":
-        twins.write_tokenizer(tmp_path / "t")
+        twins.write_tokenizer(tmp_path / "hf")
     else:
-        from vlm_nemo.weights.words import import_tokenizer
-
-        twins.write_llama_tokenizer(tmp_path / "llama")
-        assert import_tokenizer(tmp_path / "llama", tmp_path / "t") == ["<image>", "<pad>"]
-    (tmp_path / "t" / "chat_template.jinja").write_text(jinja(TEMPLATES[name]))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
-    ours = Tokenizer(tmp_path / "t")
+        twins.write_llama_tokenizer(tmp_path / "hf", kind)
+    added = import_tokenizer(tmp_path / "hf", tmp_path / "ours")
+    assert added == ([] if kind == "byte level" else ["<image>", "<pad>"])
+    ours = Tokenizer(tmp_path / "ours")
+    export_tokenizer(ours, tmp_path / "back", TEMPLATES[name], None)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert theirs.bos_token_id == ours.bos_id and theirs.pad_token_id == ours.pad_id
     one = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
     more: list[Any] = [

@@ -43,6 +43,7 @@ def to_checkpoint(
     folders = [HFFolder(path) for path in paths]
     _check_parts(folders)
     cfg = model_config_of(*folders, feature_layer=feature_layer)
+    _check_tensors(folders, cfg)
     wordy = next((f for f in folders if "language" in f.parts), None)
     with new_folder(out) as draft:
         grown = cfg.language.vocab_size
@@ -85,6 +86,19 @@ def _check_parts(folders: Sequence[HFFolder]) -> None:
             giver[part] = folder
 
 
+def _check_tensors(folders: Sequence[HFFolder], cfg: ModelConfig) -> None:
+    """That every tensor is there and known, before the first gigabyte is written."""
+    for folder in folders:
+        llava.unused_names(folder.names(), cfg)
+        for entry in llava.entries(cfg, folder.parts):
+            shapes = [folder.shape(name) for name in entry.hub]
+            if entry.ours in (llava.EMBEDDING, llava.HEAD) and shapes[0][0] != cfg.language.vocab_size:
+                raise UserError(
+                    f"{folder.path}/config.json: vocab_size={cfg.language.vocab_size}, but {entry.hub[0]} has "
+                    f"{shapes[0][0]} rows; they must be equal"
+                )
+
+
 def _check_image_token(folder: HFFolder, tokenizer: Tokenizer) -> None:
     """Of a LLaVA: its placeholder must be the tokenizer's."""
     if folder.family != "llava":
@@ -112,11 +126,6 @@ def _weights(
         for entry in llava.entries(cfg, folder.parts):
             whole = joined(folder, entry)
             if entry.ours in (llava.EMBEDDING, llava.HEAD):
-                if whole.shape[0] != cfg.language.vocab_size:
-                    raise UserError(
-                        f"{folder.path}/config.json: vocab_size={cfg.language.vocab_size}, but {entry.hub[0]} has "
-                        f"{whole.shape[0]} rows; they must be equal"
-                    )
                 whole = _grow(whole, rows)
             yield whole_chunk("weight", entry.ours, tuple(whole.shape)), cast(whole, dtype)
 
@@ -130,7 +139,7 @@ def _grow(table: Tensor, rows: int) -> Tensor:
 
 
 def _unused(folders: Sequence[HFFolder], cfg: ModelConfig) -> Iterator[tuple[Chunk, Tensor]]:
-    """What our model has no place for, as it is. Raises UserError for a tensor that nobody knows."""
+    """What our model has no place for, as it is."""
     for folder in folders:
         for name in llava.unused_names(folder.names(), cfg):
             tensor = folder.tensor(name)
