@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from tests.export.twin import prompts
 from vlm_nemo.infer import tensorrt_backend
 from vlm_nemo.infer.backend import Row
-from vlm_nemo.infer.bundle import open_bundle
+from vlm_nemo.infer.bundle import open_bundle, sha256
 from vlm_nemo.infer.onnx_backend import OnnxBackend
 from vlm_nemo.infer.tensorrt_backend import TensorRTBackend
 from vlm_nemo.types import UserError
@@ -90,15 +91,18 @@ class HostContext:
 def compiled(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[Any]]:
     """An export with "engines" for the device that is played, and a log of what they ran."""
     out = tmp_path / "out"
-    out.mkdir()
-    for path in exported.iterdir():
-        (out / path.name).symlink_to(path)
+    shutil.copytree(exported, out)
     folder = out / "engines" / "host"
     folder.mkdir(parents=True)
     for name in ("vision", "llm"):
         (folder / f"{name}.engine").write_bytes(str(exported / name / "model.onnx").encode())
     build = {"backend": "host_trt", "version": VERSION, "compute_capability": 99, "precision": "fp32"}
     (folder / "build.json").write_text(json.dumps({**build, "slots": 4, "capacity": 48, "image_batch": 2}))
+    manifest = json.loads((out / "manifest.json").read_text())
+    for path in folder.iterdir():
+        entry = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        manifest["files"][path.relative_to(out).as_posix()] = entry
+    (out / "manifest.json").write_text(json.dumps(manifest))
     log: list[Any] = []
 
     def engine(content: bytes) -> Any:
@@ -116,7 +120,7 @@ def compiled(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_it_hands_the_engines_what_onnx_runtime_gets(exported: Path, compiled: tuple[Path, list[Any]]) -> None:
     out, log = compiled
-    ours, witness = TensorRTBackend(open_bundle(exported).at(out), "host_trt"), OnnxBackend(open_bundle(exported))
+    ours, witness = TensorRTBackend(open_bundle(out), "host_trt"), OnnxBackend(open_bundle(exported))
     asked = [(slot, *prompt) for slot, prompt in zip((3, 0, 2), prompts(), strict=True)]
     rows = [Row(slot=slot, start=0, tokens=tokens.tolist(), images=images) for slot, tokens, images in asked]
     for step in range(4):
@@ -138,7 +142,7 @@ def test_it_hands_the_engines_what_onnx_runtime_gets(exported: Path, compiled: t
 def test_slots_and_batches_beyond_what_was_compiled_are_refused(
     exported: Path, compiled: tuple[Path, list[Any]]
 ) -> None:
-    bundle = open_bundle(exported).at(compiled[0])
+    bundle = open_bundle(compiled[0])
     with pytest.raises(UserError, match="slots=5, but host was compiled for 4"):
         TensorRTBackend(bundle, "host_trt", slots=5)
     backend = TensorRTBackend(bundle, "host_trt")

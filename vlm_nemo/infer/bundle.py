@@ -94,8 +94,9 @@ class Bundle:
         return replace(self, folder=folder, precision=precision or self.precision)
 
     def engines(self) -> list[Engines]:
-        """The compiled engines, by name."""
-        return [Engines.read(path.parent) for path in sorted(self.folder.glob("engines/*/build.json"))]
+        """The compiled engines that the manifest knows, by name."""
+        listed = sorted(n for n in self.manifest["files"] if n.startswith("engines/") and n.endswith("/build.json"))
+        return [Engines.read((self.folder / name).parent) for name in listed]
 
 
 @dataclass(frozen=True, kw_only=True)
