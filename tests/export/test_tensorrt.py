@@ -63,7 +63,7 @@ def test_other_precisions_compile(llava_twin: tuple[Path, Any], exported: Path, 
     assert engine.nbytes > 100_000
 
 
-def test_a_device_that_it_does_not_know_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_it_does_not_know_is_refused() -> None:
     with pytest.raises(UserError, match=r"engine_sm=90: tensorrt_rtx .* compiles for \[75, 80, 86, 89, 120, 121\]"):
         tensorrt.capabilities(trt, [89, 90])
     with pytest.raises(UserError, match=r"engine_sm is not set and there is no GPU here; name them"):
