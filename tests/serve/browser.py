@@ -1,7 +1,7 @@
 """The system's Chromium, headless, for the page's test and its picture.
 
-`python -m tests.serve.browser URL PICTURE QUESTION OUT` asks a running server and saves what the page then looks like:
-so docs/page.png was made.
+`python -m tests.serve.browser URL PICTURE QUESTION … OUT` asks a running server and saves what the page then looks
+like: so docs/page.png was made.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,17 +63,18 @@ def drop(tab: Any, data: bytes, name: str) -> None:
     tab.evaluate(DROP, [base64.b64encode(data).decode(), name])
 
 
-def picture(url: str, image: Path, question: str, out: Path) -> None:
-    """Ask `question` about `image` at a running server and save a screenshot of the answer."""
-    with page(device_scale_factor=2) as tab:
+def picture(url: str, image: Path, questions: Sequence[str], out: Path) -> None:
+    """Ask the questions about `image` at a running server, one after the other, and save a screenshot."""
+    with page(device_scale_factor=2, viewport={"width": 760, "height": 900}) as tab:
         tab.goto(url)
         drop(tab, image.read_bytes(), image.name)
         tab.get_by_role("img", name="Picture 1").wait_for()
-        tab.get_by_role("textbox", name="Question").fill(question)
-        tab.get_by_role("button", name="Ask").click()
-        tab.locator(".turn.assistant:not(.busy) .figures").wait_for()
+        for number, question in enumerate(questions):
+            tab.get_by_role("textbox", name="Question").fill(question)
+            tab.get_by_role("button", name="Ask").click()
+            tab.locator(".turn.assistant:not(.busy) .figures").nth(number).wait_for()
         tab.screenshot(path=str(out))
 
 
 if __name__ == "__main__":
-    picture(sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    picture(sys.argv[1], Path(sys.argv[2]), sys.argv[3:-1], Path(sys.argv[-1]))

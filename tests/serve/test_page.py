@@ -65,8 +65,11 @@ def test_drop_ask_and_see_the_answer_stream(tab: Any, parrot: Parrot) -> None:
         assert "first token after" in figures and "tokens/s" in figures
         assert tab.locator(".turn.user img").count() == 2 and tab.locator("#chosen img").count() == 0
 
-        ask(tab, "And now?")  # the conversation goes on, its pictures with it
-        assert answered(tab, 1) == reply(2).strip()
+        for number in (1, 2, 3):  # the conversation goes on, its pictures with it, and the newest is in sight
+            ask(tab, "And now?")
+            assert answered(tab, number) == reply(2).strip()
+        foot, form = (tab.locator(name).last.bounding_box() for name in (".figures", "#ask"))
+        assert 0 < foot["y"] and foot["y"] + foot["height"] <= form["y"]
         tab.get_by_role("button", name="New conversation").click()
         ask(tab, "Alone?")
         assert answered(tab, 0) == reply(0).strip()
