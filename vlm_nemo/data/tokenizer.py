@@ -31,6 +31,8 @@ class Tokenizer:
     image_id: int
     vocab_size: int
     """Highest id + 1, added tokens included: the embedding needs at least this many rows."""
+    special_ids: frozenset[int]
+    """Every added token: `encode` never yields one, `decode` skips them."""
 
     def __init__(self, folder: str | Path) -> None:
         """Raises UserError if a file or one of the tokens bos, eos, pad, <image> is missing."""
@@ -68,6 +70,9 @@ class Tokenizer:
                 "tokenizer.json and name it in tokenizer_config.json"
             )
         self.bos_id, self.eos_id, self.pad_id, self.image_id = (ids[r] for r in ("bos", "eos", "pad", "image"))
+        self.special_ids = frozenset(
+            token_id for token_id, token in self._fast.get_added_tokens_decoder().items() if token.special
+        )
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         self._control = frozenset((self.bos_id, self.eos_id, self.image_id))
         # SentencePiece-style files put a space before whatever they are given ("a" and " a" differ by one token more).

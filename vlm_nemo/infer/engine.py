@@ -1,172 +1,319 @@
-"""Greedy decoding of many requests at once, under any tensor x pipeline layout.
+"""Continuous batching: requests come and go between any two tokens, and each is answered as if it were alone.
 
-Each request gets a slot of a packed row, its prompt and the room for its answer, so nothing moves while it decodes:
+    step   slot 0            slot 1            waiting
+    1      prompt A -> a1    prompt B -> b1    C
+    2      a1 -> a2          b1 -> eos, free   C
+    3      a2 -> a3          prompt C -> c1
 
-    slot 0                          slot 1
-    p p p p  a1 .  .  .             p p p p p p  a1 .  .  .
+A step runs the backend at most twice: once for what is running, a token each, and once for the new prompts that then
+have a slot. It owns slots, text and stopping; the backend owns the cache. No torch here.
 
-The next token comes from the logits at a slot's last filled place.
-
-Positions and segments are those of training; what is still empty lies in the future of what is asked, so causal
-attention never sees it. A request's answer does not depend on its row mates.
+Several ranks run an engine each and stay alike, because all it does is a function of the requests, of the logits,
+which are the same on every rank, and of `entropy`, which must be.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
-import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from vlm_nemo.data.packing import pack_batch
-from vlm_nemo.data.sample import EncodedSample
-from vlm_nemo.model.batch import ModelBatch, model_batch
-from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import output_tokens
-from vlm_nemo.model.vlm import VLM
-from vlm_nemo.runtime import device, groups
-from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.types import IGNORE_INDEX, UserError
+from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.infer.backend import Backend, Row
+from vlm_nemo.infer.request import Answer, Event, Prompt, RequestOutput, answer_of
+from vlm_nemo.infer.sampling import Sampler, SamplingParams, TokenLogprob, fresh_entropy, token_logprob
+from vlm_nemo.infer.text import TextStream
+from vlm_nemo.types import UserError
+
+__all__ = ["Answer", "Engine", "Event", "Prompt", "RequestOutput", "TokenLogprob"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt with its images."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class _Sequence:
+    """One answer while it is waiting or running."""
 
-    tokens: Sequence[int]
-    """Prompt ids, every image as its placeholders."""
-    images: Callable[[], Tensor]
-    """Decodes them, [n, 3, S, S] uint8; called when the request's turn comes, on the ranks that need it"""
+    request: _Request
+    index: int
+    sampler: Sampler
+    text: TextStream
+    last: int = -1
+    """What was chosen last; it is not in the cache yet."""
+    said: int = 0
+    """Tokens of the answer."""
+    slot: int | None = None
+    """None = waiting."""
+    over: bool = False
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache, while it runs."""
+        return len(self.request.prompt.tokens) + self.said - 1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
+class _Request:
+    """A request until its last answer is over."""
+
+    number: int
+    prompt: Prompt
+    params: SamplingParams
+    sequences: list[_Sequence] = field(default_factory=list)
+    unfilled: int
+    """Answers whose prompt has not been in the cache yet."""
+    images: NDArray[np.uint8] | None = None
+    """Here from the first answer's turn to the last one's."""
+
+
 class Engine:
-    """A model ready to answer. Every rank of the job calls it with the same requests and gets the same answers."""
+    """Answers requests, first come, first served, in as many slots as the backend has. One thread owns it."""
 
-    chunk: VLM
-    cfg: ModelConfig
-    ranks: Ranks
-    image_token: int
-    pad_token: int
-    eos_token: int
-    vocab_size: int
-    """The tokenizer's; rows of the head beyond it are padding and are never chosen."""
-    row_tokens: int = 4096
-    """Tokens of a row: how many requests are decoded together."""
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        *,
+        prefill_tokens: int = 4096,
+        image_limit: int | None = None,
+        entropy: Callable[[], int] = fresh_entropy,
+    ) -> None:
+        """prefill_tokens: of new prompts in one step, though always at least one prompt. image_limit: a prompt.
+
+        entropy: seeds the answers that have no seed; it must give the same numbers on every rank.
+        """
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.prefill_tokens = prefill_tokens
+        self.image_limit = image_limit
+        self._entropy = entropy
+        self._numbers = 0
+        self._requests: dict[int, _Request] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._running: dict[int, _Sequence] = {}
+        self._free = list(range(backend.slots))  # a heap: low slots first, so that those in use lie side by side
+        self._unreported: list[Event] = []
+
+    @property
+    def running(self) -> int:
+        """Answers that have a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that have none yet."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+        return bool(self._requests or self._unreported)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache that holds tokens, 0 to 1."""
+        return sum(s.cached for s in self._running.values()) / (self.backend.slots * self.backend.capacity)
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raises UserError for what could never be answered: wrong values, too many tokens or images."""
+        params.validate()
+        length, capacity = len(prompt.tokens), self.backend.capacity
+        if not length:
+            raise UserError("the prompt has no tokens")
+        if length + params.max_tokens > capacity:
+            raise UserError(
+                f"This model's maximum context length is {capacity} tokens; a prompt of {length} tokens and "
+                f"{params.max_tokens} new ones exceed it: shorten the prompt or lower max_tokens"
+            )
+        if min(prompt.tokens) < 0 or max(prompt.tokens) >= self.tokenizer.vocab_size:
+            outside = next(t for t in prompt.tokens if not 0 <= t < self.tokenizer.vocab_size)
+            raise UserError(f"the prompt holds token {outside}; the tokenizer has 0 to {self.tokenizer.vocab_size - 1}")
+        if self.image_limit is not None and prompt.image_count > self.image_limit:
+            raise UserError(f"At most {self.image_limit} image(s) may be provided in one prompt.")
+        placeholders, images = list(prompt.tokens).count(self.tokenizer.image_id), prompt.image_count
+        if bool(placeholders) != bool(images) or (images and placeholders % images):
+            raise UserError(f"the prompt has {placeholders} image placeholders for {images} images")
+
+    def add(self, prompt: Prompt, params: SamplingParams) -> int:
+        """Queue a request; returns its number. Raises UserError as `check` does."""
+        self.check(prompt, params)
+        request = _Request(number=self._numbers, prompt=prompt, params=params, unfilled=params.n)
+        self._numbers += 1
+        base = self._entropy() if params.seed is None else params.seed
+        for index in range(params.n):
+            text = TextStream(self.tokenizer, params.stop)
+            sampler = Sampler(params, base + index)
+            request.sequences.append(_Sequence(request=request, index=index, sampler=sampler, text=text))
+        self._requests[request.number] = request
+        self._waiting.extend(request.sequences)
+        return request.number
+
+    def cancel(self, request: int) -> None:
+        """End what is left of a request; its slots are free at once, and the next step reports it "cancelled".
+
+        Nothing happens to a request that is over already.
+        """
+        if request in self._requests:
+            self._unreported += self._end_all(self._requests[request], "cancelled")
+            self._waiting = deque(s for s in self._waiting if not s.over)
+
+    def step(self) -> list[Event]:
+        """One token for every running answer, then the first token of the new ones; at most one event an answer.
+
+        An exception of the backend passes through, and the engine is not to be used after it.
+        """
+        events, self._unreported = self._unreported, []
+        running = [self._running[slot] for slot in sorted(self._running)]
+        if running:
+            rows = [Row(slot=slot, start=s.cached, tokens=(s.last,)) for slot, s in sorted(self._running.items())]
+            logits = self.backend.run(rows)
+            events += [self._advance(s, logits[i]) for i, s in enumerate(running)]
+        admitted = list(self._admit(events))
+        if admitted:
+            events += self._prefill(admitted)
+        return events
 
     def generate(
-        self, requests: Sequence[Request], max_new_tokens: int, progress: Callable[[int], None] | None = None
-    ) -> list[list[int]]:
-        """Answers, without eos, in the order of the requests; each ends at eos or after max_new_tokens.
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts, in their order; `params` for all, or one each. The engine must have nothing else to do.
 
-        progress: called with the number of requests finished by this replica. Data ranks share the requests.
-        Raises UserError if a prompt and its answer are longer than the model's max_positions.
+        progress: called with the number of requests that a step finished. Raises UserError as `check` does, before
+        any work; an image that cannot be decoded ends its own request alone, with finish_reason "error".
         """
-        longest = max((len(r.tokens) for r in requests), default=0) + max_new_tokens
-        if longest > self.cfg.language.max_positions:
-            raise UserError(
-                f"a prompt of {longest - max_new_tokens} tokens and {max_new_tokens} new ones exceed "
-                f"model.language.max_positions={self.cfg.language.max_positions}"
+        wishes = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(wishes) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts but {len(wishes)} sampling params; give one for all or one each")
+        assert not self.busy, "the events of other requests would be lost"
+        for prompt, wish in zip(prompts, wishes, strict=True):
+            self.check(prompt, wish)
+        numbers = [self.add(prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
+        found: dict[tuple[int, int], list[Event]] = {}
+        while self.busy:
+            before = len(self._requests)
+            for event in self.step():
+                found.setdefault((event.request, event.index), []).append(event)
+            if progress is not None and before > len(self._requests):
+                progress(before - len(self._requests))
+        return [
+            RequestOutput(
+                prompt_token_ids=list(prompt.tokens),
+                outputs=[answer_of(found[number, i], wish.logprobs is not None) for i in range(wish.n)],
             )
-        numbered = list(enumerate(requests))[self.ranks.data_rank :: self.ranks.data]
-        answers: dict[int, list[int]] = {}
-        self.chunk.eval()
-        with torch.no_grad():
-            for row in self._rows(numbered, max_new_tokens):
-                decoded = self._decode([request for _, request in row], max_new_tokens)
-                answers.update(zip((number for number, _ in row), decoded, strict=True))
-                if progress is not None:
-                    progress(len(row))
-        gathered: list[Any] = [None] * self.ranks.data
-        dist.all_gather_object(gathered, answers, group=groups.data_group())
-        merged = {number: answer for found in gathered for number, answer in found.items()}
-        return [merged[i] for i in range(len(requests))]
+            for number, prompt, wish in zip(numbers, prompts, wishes, strict=True)
+        ]
 
-    def _rows(self, numbered: list[tuple[int, Request]], room: int) -> Iterator[list[tuple[int, Request]]]:
-        row: list[tuple[int, Request]] = []
+    def _admit(self, events: list[Event]) -> Iterator[_Sequence]:
+        """Give free slots to who waits longest; appends to `events` the requests whose images cannot be had."""
         used = 0
-        for number, request in numbered:
-            need = len(request.tokens) + room
-            if row and used + need > self.row_tokens:
-                yield row
-                row, used = [], 0
-            row.append((number, request))
-            used += need
-        if row:
-            yield row
+        while self._waiting and self._free:
+            request = self._waiting[0].request
+            if used and used + len(request.prompt.tokens) > self.prefill_tokens:
+                return
+            if (error := _have_images(request)) is not None:
+                events += self._end_all(request, "error", error)
+                while self._waiting and self._waiting[0].over:
+                    self._waiting.popleft()
+                continue
+            used += len(request.prompt.tokens)
+            sequence = self._waiting.popleft()
+            sequence.slot = heapq.heappop(self._free)
+            self._running[sequence.slot] = sequence
+            yield sequence
 
-    def _decode(self, row: list[Request], room: int) -> list[list[int]]:
-        """All answers of one row, a token a round."""
-        slots = [len(request.tokens) + room for request in row]
-        multiple = self.ranks.tensor  # sequence parallelism cuts a row into equal parts
-        capacity = -(-max(sum(slots), 1) // multiple) * multiple
-        packed = pack_batch(
-            [
-                EncodedSample(
-                    tokens=[*request.tokens, *[self.pad_token] * room],
-                    labels=[IGNORE_INDEX] * (len(request.tokens) + room),
-                    images=request.images(),
-                )
-                for request in row
-            ],
-            capacity,
-            self.pad_token,
-            self.cfg.vision.image_size,
+    def _prefill(self, admitted: list[_Sequence]) -> list[Event]:
+        """Run the new prompts. Where the backend refuses what it was given, each by itself: one must not end all."""
+        try:
+            logits = self.backend.run([_prompt_row(s) for s in admitted])
+        except ValueError as error:
+            if len(admitted) > 1:
+                return [event for s in admitted if not s.over for event in self._prefill([s])]
+            ended = self._end_all(admitted[0].request, "error", str(error))
+            self._waiting = deque(s for s in self._waiting if not s.over)
+            return ended
+        for sequence in admitted:
+            sequence.request.unfilled -= 1
+            if not sequence.request.unfilled:
+                sequence.request.images = None  # every answer has them in its cache
+        return [self._advance(s, logits[i]) for i, s in enumerate(admitted)]
+
+    def _advance(self, s: _Sequence, logits: NDArray[np.float32]) -> Event:
+        """Choose the next token from logits [V]; end the answer if that was its last."""
+        known = logits[: self.tokenizer.vocab_size]  # rows of the head beyond it are padding
+        if not np.isfinite(known.max()):  # the maximum of anything with a NaN is NaN
+            return self._end(s, "error", error=f"the highest of the model's logits is {known.max()}")
+        params = s.request.params
+        # A placeholder that the model said would stand for no image
+        token = s.sampler.choose(known, banned=self.tokenizer.image_id)
+        logprobs = () if params.logprobs is None else (token_logprob(known, token, params.logprobs),)
+        s.last, s.said = token, s.said + 1
+        text, stop = s.text.push(token)
+        reason = None
+        if stop is not None or (token == self.tokenizer.eos_id and not params.ignore_eos):
+            reason = "stop"
+        elif s.said == params.max_tokens:
+            reason = "length"
+        if reason is None:
+            return Event(request=s.request.number, index=s.index, text=text, token_ids=(token,), logprobs=logprobs)
+        if stop is None:
+            rest, stop = s.text.finish()
+            text += rest
+            reason = "stop" if stop is not None else reason
+        return self._end(s, reason, text=text, token_ids=(token,), logprobs=logprobs, stop_reason=stop)
+
+    def _end(
+        self,
+        s: _Sequence,
+        reason: str,
+        *,
+        text: str = "",
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        stop_reason: str | None = None,
+        error: str | None = None,
+    ) -> Event:
+        s.over = True
+        if s.slot is not None:
+            del self._running[s.slot]
+            heapq.heappush(self._free, s.slot)
+            s.slot = None
+        if all(sequence.over for sequence in s.request.sequences):
+            del self._requests[s.request.number]
+        return Event(
+            request=s.request.number,
+            index=s.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            error=error,
         )
-        batch = model_batch(
-            packed,
-            image_token=self.image_token,
-            tokens_per_image=output_tokens(self.cfg.vision),
-            image_size=self.cfg.vision.image_size,
-            device=device.device(),
-        )
-        images = self.chunk.embed_images(batch.images) if self.chunk.pre_process else None
-        starts = torch.tensor([sum(slots[:i]) for i in range(len(slots))])
-        last = starts + torch.tensor([len(request.tokens) for request in row]) - 1
-        answers: list[list[int]] = [[] for _ in row]
-        open_slots = list(range(len(row)))
-        for _ in range(room):
-            where = last[open_slots].to(batch.tokens.device)
-            chosen = self._next_tokens(batch, images, where)
-            following = []
-            for slot, token in zip(open_slots, chosen, strict=True):
-                if token != self.eos_token:
-                    answers[slot].append(token)
-                    following.append((slot, token))
-            if not following:
-                break
-            open_slots = [slot for slot, _ in following]
-            last[open_slots] += 1
-            tokens = batch.tokens.clone()
-            tokens[0, last[open_slots]] = torch.tensor([token for _, token in following], device=tokens.device)
-            batch = replace(batch, tokens=tokens)
-        return answers
 
-    def _next_tokens(self, batch: ModelBatch, images: Tensor | None, where: Tensor) -> list[int]:
-        """The likeliest next token at each place, known to every rank of the replica."""
+    def _end_all(self, request: _Request, reason: str, error: str | None = None) -> list[Event]:
+        return [self._end(s, reason, error=error) for s in request.sequences if not s.over]
 
-        def step(rows: Iterator[ModelBatch], model: nn.Module) -> tuple[Tensor, Any]:
-            logits = model(next(rows), gather_logits=True, image_embeds=images)
-            return logits, lambda output, non_loss_data=False: output
 
-        outputs = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter([batch]),
-            model=self.chunk,
-            num_microbatches=1,
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        if self.ranks.last_stage:
-            chosen = outputs[0][0, where, : self.vocab_size].argmax(-1)
-        else:
-            chosen = torch.empty(len(where), dtype=torch.int64, device=device.device())
-        if self.ranks.pipeline > 1:
-            dist.broadcast(chosen, src=groups.last_stage_rank(), group=groups.pipeline_group())
-        return chosen.tolist()
+def _have_images(request: _Request) -> str | None:
+    """Decode the request's images, unless an earlier answer's turn did; why that cannot be, in one line."""
+    if request.images is not None or not request.prompt.image_count:
+        return None
+    try:
+        images = request.prompt.images()
+    except (UserError, OSError) as error:
+        return str(error)
+    count = 0 if images is None else len(images)
+    if count != request.prompt.image_count:
+        return f"{request.prompt.image_count} images were announced and {count} came"
+    request.images = images
+    return None
+
+
+def _prompt_row(s: _Sequence) -> Row:
+    assert s.slot is not None
+    return Row(slot=s.slot, start=0, tokens=s.request.prompt.tokens, images=s.request.images)
