@@ -77,7 +77,7 @@ PYTHON
 if [ ! -f "$out/export/manifest.json" ]; then
     say "export -> $out/export"
     rm -rf "$out/export"
-    "$python" -m vlm_nemo export checkpoint="$out/stage3/checkpoints" out="$out/export"
+    "$python" -m vlm_nemo export checkpoint="$out/stage3/checkpoints" out="$out/export" precision=fp32
 fi
 
 say "a server on $out/export, asked by the openai client about pictures never seen"

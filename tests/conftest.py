@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,3 +13,22 @@ from tests import runs
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def llava_twin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A tiny LLaVA of transformers: its folder and the model."""
+    from tests.weights import twins
+
+    folder = tmp_path_factory.mktemp("twin") / "hf"
+    return folder, twins.llava(folder)
+
+
+@pytest.fixture(scope="session")
+def exported(llava_twin: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export in fp32."""
+    from tests.export.twin import CAPACITY, export
+
+    out = tmp_path_factory.mktemp("export") / "fp32"
+    export(f"hf={llava_twin[0]}", f"out={out}", "precision=fp32", "slots=4", f"capacity={CAPACITY}")
+    return out

@@ -93,7 +93,7 @@ def test_help_shows_the_defaults_that_a_verb_starts_with(capsys: pytest.CaptureF
     assert "  run_dir=runs/${recipe}/eval  (text)" in text  # conf/evaluate.yaml
     assert "  optim.vision_lr=null  (float | null)" in text  # the dataclass
     assert "  model.language.hidden_size=4096  (int)" in text  # conf/model/llava15_7b.yaml
-    assert "  checkpoint.load=…  (text | null, needed)" in text
+    assert "  checkpoint.load=…  (text | null, one of these 3 needed)" in text
     assert "recipes: llava15_7b/stage1, " in text
 
 
@@ -108,10 +108,17 @@ def test_help_shows_the_defaults_that_a_verb_starts_with(capsys: pytest.CaptureF
         (["train", "trainer.stepz=5"], "no option trainer.stepz; did you mean trainer.steps?"),
         (["train"], "data.sources is not set: "),
         (["train", "data.sources.a.path=x"], "data.tokenizer is not set: "),
-        (["evaluate", "recipe=shapes/stage3"], "checkpoint.load is not set: "),
+        (
+            ["evaluate", "recipe=shapes/stage3"],
+            "name the model, as one of checkpoint=DIR, evaluate.hf=DIR, evaluate.export=DIR",
+        ),
         (["evaluate", "checkpoint=x"], "evaluate.data is not set: "),
         (["generate", "checkpoint=x"], "prompt is not set: "),
-        (["generate", "prompt=x"], "checkpoint.load is not set: "),
+        (["generate", "prompt=x"], "name the model, as one of checkpoint=DIR, hf=DIR, export=DIR"),
+        (
+            ["generate", "prompt=x", "hf=a", "export=b"],
+            "name the model, as one of checkpoint=DIR, hf=DIR, export=DIR (not hf, export)",
+        ),
         (["prepare"], "manifest is not set: "),
         (["train", "recipe=shapes/stage1", "parallel.tensor=3"], "parallel.tensor=3 does not divide "),
     ],

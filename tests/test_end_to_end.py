@@ -109,6 +109,17 @@ def test_evaluation_is_the_same_at_every_layout(
     assert (tmp_path / "predictions.jsonl").read_text() == (one_process / "predictions.jsonl").read_text()
 
 
+def test_every_form_of_a_model_answers_alike(one_process: Path, stages: Path, shards: Path, tmp_path: Path) -> None:
+    """A checkpoint, its Hugging Face folder (under two tensor ranks) and its export: the same predictions."""
+    runs.vlm_nemo("convert", f"checkpoint={stages}/stage1", f"out={tmp_path}/hf")
+    runs.vlm_nemo("export", f"checkpoint={stages}/stage1", f"out={tmp_path}/export", "precision=fp32")
+    for form, layout, ranks in (("hf", ["parallel.tensor=2"], 2), ("export", [], 1)):
+        words = [*runs.TINY, f"evaluate.data={shards}/eval", f"evaluate.{form}={tmp_path}/{form}", *layout]
+        runs.vlm_nemo("evaluate", *words, f"run_dir={tmp_path}/{form}_eval", ranks=ranks)
+        found = (tmp_path / f"{form}_eval" / "predictions.jsonl").read_text()
+        assert found == (one_process / "predictions.jsonl").read_text(), form
+
+
 def test_gallery_and_contact_sheet(one_process: Path) -> None:
     page = (one_process / "gallery.html").read_text()
     assert page.count("<figure>") == 24 and "data:image/jpeg;base64," in page

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlm_nemo import config
 from vlm_nemo.options import did_you_mean
+from vlm_nemo.runtime import signals
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.table import VERBS, Verb
 
@@ -92,7 +93,8 @@ def check_ranks(verb: Verb, cfg: Any, *, world_size: int) -> None:
     from vlm_nemo.runtime.layout import check_layout
 
     if not verb.ranks and world_size > 1:
-        raise UserError(f"{verb.name} runs in one process, not {world_size}; its option `workers` makes it use more")
+        more = "; its option `workers` makes it use more" if hasattr(cfg, "workers") else "; start it by itself"
+        raise UserError(f"{verb.name} runs in one process, not {world_size}{more}")
     if verb.name == "train":
         check_layout(
             cfg.parallel,
@@ -112,17 +114,21 @@ def _value(cfg: object, key: str) -> object:
 
 
 def report(error: UserError) -> None:
-    """The user's error as one line: rank 0 prints it, another rank leaves it for the launcher (runtime/local.py)."""
+    """The user's error as one line. Rank 0 prints it; each rank leaves it for its launcher, which speaks for the others
+    (runtime/local.py) and knows by it that trying again is no use (launch/lib.sh).
+    """
     line = f"error: {' '.join(str(error).splitlines())}"
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
-    elif path := os.environ.get("VLM_NEMO_ERROR_FILE"):
+    if path := os.environ.get("VLM_NEMO_ERROR_FILE"):
         with open(path, "w", encoding="utf-8") as file:
             file.write(line)
 
 
 def entry() -> None:
     """The console script. A rank that failed leaves at once: waiting for its peers in an exit handler could hang."""
+    if sys.argv[1:2] == ["train"]:
+        signals.hold()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

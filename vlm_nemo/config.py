@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from omegaconf import MISSING
+
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.evaluate.config import EvaluateConfig
 from vlm_nemo.infer.config import InferConfig
@@ -84,6 +86,29 @@ class GenerateRoot:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     infer: InferConfig = field(default_factory=InferConfig)
+
+
+@dataclass(kw_only=True)
+class ConvertRoot:
+    """Hugging Face's folders to a checkpoint of ours, and back: one of `hf` and `checkpoint`."""
+
+    hf: list[str] = field(default_factory=list)
+    """Folder to read: a LLaVA-1.5, a CLIP, a Llama; or [CLIP,LLAMA], each giving the parts that it has."""
+    out: str = MISSING
+    """Folder to write; new or empty."""
+    part: str = field(default="all", metadata={"choices": ("all", "vision", "language")})
+    """From a checkpoint: the whole model (LlavaForConditionalGeneration), the tower (CLIPVisionModel) or the decoder
+    (LlamaForCausalLM) alone."""
+    dtype: str = field(default="keep", metadata={"choices": ("keep", "float32", "bfloat16", "float16")})
+    """Type of the weights written; keep = each as it is, to the bit."""
+    max_shard_gb: float = 2.0
+    """Largest file of weights, 10^9 bytes; about this much memory is needed."""
+    feature_layer: int = -2
+    """The hidden state to take from a CLIP that stands alone; a LLaVA says it itself."""
+    template: str = "auto"
+    """How a conversation becomes text, written into the checkpoint: a name in `vlm_nemo.data.chat.TEMPLATES`; auto =
+    the one that the folder's chat template is, else vicuna, LLaVA-1.5's."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 @dataclass(kw_only=True)

@@ -64,9 +64,11 @@ def _listed(label: str, names: list[str]) -> list[str]:
 
 def _option(option: Option, default: Any, verb: Verb, width: int) -> list[str]:
     needed = option.key in verb.required or default == "???"
-    value = "…" if needed or default is MISSING else _shown(default)
+    model = option.key in verb.model
+    value = "…" if needed or model or default is MISSING else _shown(default)
+    remark = ", needed" if needed else f", one of these {len(verb.model)} needed" if model else ""
     doc = textwrap.wrap(option.doc, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return [f"  {option.key}={value}  ({option.type_name}{', needed' if needed else ''})", *doc]
+    return [f"  {option.key}={value}  ({option.type_name}{remark})", *doc]
 
 
 def _shown(value: Any) -> str:

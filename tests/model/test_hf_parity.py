@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from tests import tiny
 from vlm_nemo.model.batch import model_batch
@@ -14,6 +13,7 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vision import output_tokens
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.weights import llava
 
 
 def llava_twin(cfg: ModelConfig) -> torch.nn.Module:
@@ -51,54 +51,16 @@ def llava_twin(cfg: ModelConfig) -> torch.nn.Module:
     return model
 
 
-def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """HF's three matrices (or biases) to megatron's one: per key/value head its queries, its key, its value."""
-    per = heads // kv_heads
-    q, k, v = (x.view(kv_heads, n, -1, *x.shape[1:]) for x, n in ((q, per), (k, 1), (v, 1)))
-    return torch.cat((q, k, v), dim=1).flatten(0, 2)
-
-
 def copy_weights(hf: torch.nn.Module, ours: torch.nn.Module, cfg: ModelConfig) -> None:
-    theirs = {k.removeprefix("model."): v for k, v in hf.state_dict().items()}
-    new: dict[str, Tensor] = {}
-    vision = "vision_tower.vision_model." if any("vision_tower.vision_model" in k for k in theirs) else "vision_tower."
-    new["vision.patch_weight"] = theirs[f"{vision}embeddings.patch_embedding.weight"].flatten(1)
-    new["vision.class_token"] = theirs[f"{vision}embeddings.class_embedding"]
-    new["vision.position"] = theirs[f"{vision}embeddings.position_embedding.weight"]
-    for end in ("weight", "bias"):
-        new[f"vision.pre_norm.{end}"] = theirs[f"{vision}pre_layrnorm.{end}"]
-        new[f"projector.layers.linear_fc1.{end}"] = theirs[f"multi_modal_projector.linear_1.{end}"]
-        new[f"projector.layers.linear_fc2.{end}"] = theirs[f"multi_modal_projector.linear_2.{end}"]
-        for i in range(cfg.vision.num_layers - 1):
-            a, b = f"vision.blocks.layers.{i}.", f"{vision}encoder.layers.{i}."
-            qkv = (theirs[f"{b}self_attn.{x}_proj.{end}"] for x in "qkv")
-            new[f"{a}self_attention.linear_qkv.{end}"] = interleave_qkv(
-                *qkv, cfg.vision.num_heads, cfg.vision.num_heads
-            )
-            new[f"{a}self_attention.linear_proj.{end}"] = theirs[f"{b}self_attn.out_proj.{end}"]
-            new[f"{a}input_layernorm.{end}"] = theirs[f"{b}layer_norm1.{end}"]
-            new[f"{a}pre_mlp_layernorm.{end}"] = theirs[f"{b}layer_norm2.{end}"]
-            new[f"{a}mlp.linear_fc1.{end}"] = theirs[f"{b}mlp.fc1.{end}"]
-            new[f"{a}mlp.linear_fc2.{end}"] = theirs[f"{b}mlp.fc2.{end}"]
-    new["language.embedding.word_embeddings.weight"] = theirs["language_model.embed_tokens.weight"]
-    new["language.decoder.final_layernorm.weight"] = theirs["language_model.norm.weight"]
-    new["language.output_layer.weight"] = theirs["lm_head.weight"]
-    lang = cfg.language
-    for i in range(lang.num_layers):
-        a, b = f"language.decoder.layers.{i}.", f"language_model.layers.{i}."
-        qkv = (theirs[f"{b}self_attn.{x}_proj.weight"] for x in "qkv")
-        new[f"{a}self_attention.linear_qkv.weight"] = interleave_qkv(*qkv, lang.num_heads, lang.num_kv_heads)
-        new[f"{a}self_attention.linear_proj.weight"] = theirs[f"{b}self_attn.o_proj.weight"]
-        new[f"{a}input_layernorm.weight"] = theirs[f"{b}input_layernorm.weight"]
-        new[f"{a}pre_mlp_layernorm.weight"] = theirs[f"{b}post_attention_layernorm.weight"]
-        gate, up = theirs[f"{b}mlp.gate_proj.weight"], theirs[f"{b}mlp.up_proj.weight"]
-        new[f"{a}mlp.linear_fc1.weight"] = torch.cat((gate, up))
-        new[f"{a}mlp.linear_fc2.weight"] = theirs[f"{b}mlp.down_proj.weight"]
+    """Through the table that `convert` uses: this test is what holds it to transformers' forward."""
+    theirs = {llava.hub_name(name, "llava"): tensor for name, tensor in hf.state_dict().items()}
+    table = {entry.ours: entry for entry in llava.entries(cfg)}
     parameters = dict(ours.named_parameters())
-    assert set(parameters) == set(new), set(parameters) ^ set(new)
+    assert set(parameters) == set(table), set(parameters) ^ set(table)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(new[name])
+            entry = table[name]
+            parameter.copy_(entry.transform.join([theirs[hub] for hub in entry.hub], entry.sizes))
 
 
 @pytest.mark.parametrize("keep_class_token", [False, True])

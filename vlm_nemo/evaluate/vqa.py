@@ -125,7 +125,8 @@ def answer_all(
     for question in questions:
         places = [model.spec.tokens] * len(question.images)
         tokens = encode_prompt(list(question.messages), model.tokenizer, model.template, places)
-        prompts.append(Prompt(tokens=tokens, images=partial(decode_images, question.images, model.spec)))
+        images = partial(decode_images, question.images, model.spec)
+        prompts.append(Prompt(tokens=tokens, images=images, image_count=len(question.images)))
     params = SamplingParams(max_tokens=max_new_tokens)
     return [output.outputs[0].text.strip() for output in replicas.generate(model, prompts, params, progress)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(kw_only=True)
@@ -23,3 +23,8 @@ class InferConfig:
     """Answers decoded at once; each has its own part of the KV cache."""
     prefill_tokens: int = 4096
     """Tokens of new prompts between two tokens of those that run: more fills the cache sooner, fewer stall less."""
+    context: int | None = None
+    """Tokens of one sequence, prompt and answer together; null = what the model was made for. Fewer need less memory.
+    An export's is fixed."""
+    runtime: str = field(default="auto", metadata={"choices": ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")})
+    """What runs an export; auto = an engine that fits this machine's GPU, else ONNX Runtime."""

@@ -5,6 +5,7 @@ torch and megatron-core are imported only for the first two: a server of exporte
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,12 @@ from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
 if TYPE_CHECKING:
+    from vlm_nemo.infer.bundle import Bundle
     from vlm_nemo.model.config import ModelConfig
     from vlm_nemo.runtime.groups import Ranks
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -106,21 +111,26 @@ def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, pr
 
 def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:
     from vlm_nemo.runtime import device, groups
-    from vlm_nemo.weights import hf
+    from vlm_nemo.weights.hf import HFFolder, load_hf_weights
+    from vlm_nemo.weights.llava_config import model_config_of
+    from vlm_nemo.weights.words import template_of
 
-    folder = hf.HFFolder(path)
+    folder = HFFolder(path)
+    if folder.family != "llava":
+        raise UserError(f"hf={path} holds a {folder.architecture}, which answers no questions about images alone")
+    stored = "fp32" if folder.dtype(folder.names()[0]) == "float32" else "bf16"
     with device.adapter():
         ranks = groups.start(parallel, seed=0)
         return _with_torch(
-            hf.model_config_of(folder),
+            model_config_of(folder),
             infer,
             parallel,
-            hf.precision_of(folder) if precision == "auto" else precision,
+            stored if precision == "auto" else precision,
             ranks,
             source=Path(path),
             tokenizer=Tokenizer(path),
-            template=hf.template_of(folder),
-            load=lambda chunks: hf.load_hf_weights(folder, chunks),
+            template=template_of(folder.path) or "vicuna",
+            load=lambda chunks: load_hf_weights(folder, chunks),
         )
 
 
@@ -144,10 +154,10 @@ def _with_torch(
     check_layout(parallel, cfg, world_size=ranks.world)
     chunks = build_model(cfg, parallel, precision, 0, fresh=())
     load(chunks)
-    capacity = min(infer.max_tokens or cfg.language.max_positions, cfg.language.max_positions)
+    capacity = min(infer.context or cfg.language.max_positions, cfg.language.max_positions)
     backend = TorchBackend(chunks[0], cfg, ranks, tokenizer.image_id, infer.slots, capacity)
     return LoadedModel(
-        name=infer.name or _name(source),
+        name=_name(source),
         tokenizer=tokenizer,
         template=TEMPLATES[template],
         spec=spec_of(cfg.vision),
@@ -160,16 +170,33 @@ def _with_torch(
 def _open_bundle(path: str, infer: InferConfig) -> LoadedModel:
     from vlm_nemo.infer.bundle import open_bundle
 
-    bundle = open_bundle(Path(path))
-    backend = bundle.backend(infer.engine, slots=infer.slots)
+    bundle = open_bundle(path)
+    tokenizer = Tokenizer(path)
+    runtime, backend = _runtime(bundle, infer)
     return LoadedModel(
-        name=infer.name or bundle.name or _name(Path(path)),
-        tokenizer=bundle.tokenizer(),
+        name=_name(Path(path)),
+        tokenizer=tokenizer,
         template=TEMPLATES[bundle.template],
-        spec=bundle.image_spec(),
-        engine=_engine(backend, bundle.tokenizer(), infer),
-        info=_info(backend.kind, bundle.precision, Path(path), backend.capacity),
+        spec=bundle.image,
+        engine=_engine(backend, tokenizer, infer),
+        info=_info(runtime, bundle.precision, Path(path), backend.capacity),
     )
+
+
+def _runtime(bundle: Bundle, infer: InferConfig) -> tuple[str, Backend]:
+    """What runs the bundle, by name: what was asked for, else an engine that fits this machine's GPU, else ONNX
+    Runtime."""
+    from vlm_nemo.infer.onnx_backend import OnnxBackend
+    from vlm_nemo.infer.tensorrt_backend import TensorRTBackend
+
+    if infer.runtime not in ("auto", "onnxruntime"):
+        return infer.runtime, TensorRTBackend(bundle, infer.runtime)
+    for compiler in sorted({engines.backend for engines in bundle.engines()}) if infer.runtime == "auto" else ():
+        try:
+            return compiler, TensorRTBackend(bundle, compiler)
+        except UserError as why:
+            log.warning("%s; ONNX Runtime answers instead", why)
+    return "onnxruntime", OnnxBackend(bundle, slots=infer.slots)
 
 
 def _engine(backend: Backend, tokenizer: Tokenizer, infer: InferConfig) -> Engine:

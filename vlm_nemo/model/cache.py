@@ -101,7 +101,7 @@ def cached_step(cache: KVCache, rows: list[tuple[int, int, int]], device: torch.
         if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             step.contiguous = slice(numbers[0], numbers[0] + len(numbers))
         queries = torch.empty(len(going), most, dtype=torch.int64)
-        row_of_token = []
+        row_of_token: list[int] = []
         at = int(first)
         for row, (_, _, n) in enumerate(going):
             queries[row] = torch.arange(at, at + most).clamp(max=at + n - 1)

@@ -32,6 +32,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from vlm_nemo.model.boxes import local_parameters
+from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.train import tensors
 from vlm_nemo.train.optim import optimizer_slices, refresh_masters
@@ -97,16 +98,21 @@ def save(
     if ranks.main:
         write_extras(draft)
         _write_json(draft / "state.json", {**state, "step": step})
-        known = {entry["file"]: entry for entries in gathered for entry in entries}
-        others = [p for p in sorted(draft.rglob("*")) if p.is_file() and str(p.relative_to(draft)) not in known]
-        for path in others:
-            _sync(path)
-            known[str(path.relative_to(draft))] = _fingerprint(draft, path)
-        _write_json(draft / "manifest.json", {"format": 1, "files": [known[k] for k in sorted(known)]})
+        write_manifest(draft, [entry for entries in gathered for entry in entries])
         _publish(draft, final)
         _prune(folder, keep)
     dist.barrier()
     return final
+
+
+def write_manifest(draft: Path, hashed: Sequence[dict[str, Any]] = ()) -> None:
+    """List every file of a folder that is complete but for this list; hashed: the entries that are known already."""
+    known = {entry["file"]: entry for entry in hashed}
+    for path in sorted(draft.rglob("*")):
+        if path.is_file() and str(path.relative_to(draft)) not in known:
+            _sync(path)
+            known[str(path.relative_to(draft))] = _fingerprint(draft, path)
+    _write_json(draft / "manifest.json", {"format": 1, "files": [known[k] for k in sorted(known)]})
 
 
 def _publish(draft: Path, final: Path) -> None:
@@ -169,7 +175,7 @@ def verify(path: Path, ranks: Ranks | None = None, only: tuple[str, ...] = ("",)
     return [name for names in gathered for name in names]
 
 
-def check(path: Path, ranks: Ranks, only: tuple[str, ...] = ("",)) -> None:
+def check(path: Path, ranks: Ranks | None, only: tuple[str, ...] = ("",)) -> None:
     """Raises UserError that names the damaged files among those that are about to be read."""
     if bad := verify(path, ranks, only):
         raise UserError(f"checkpoint {path} is damaged: {', '.join(bad[:5])}; use an earlier step")
@@ -207,14 +213,25 @@ def load_weights(path: Path, chunks: Sequence[nn.Module], *, skip_parts: Collect
     """Fill the model from a checkpoint written at any layout; `check` its files first.
 
     skip_parts: parts that keep the weights they have.
-    Raises UserError naming missing tensors or other shapes.
+    Raises UserError naming missing parts, missing tensors or other shapes.
     """
     reader = tensors.Reader(path / "weights")
+    check_parts(path, reader, skip_parts)
     wanted = [p for p in local_parameters(chunks) if p.part not in skip_parts]
     with torch.no_grad():
         for local in wanted:
             for box, view in local.pieces(local.parameter.data):
                 view.copy_(reader.box("weight", box))
+
+
+def check_parts(path: Path, reader: tensors.Reader, fresh: Collection[str]) -> None:
+    """Raises UserError naming a part of the model that the checkpoint lacks and that is not to start afresh."""
+    if lacking := [part for part in PARTS if part not in reader.parts() and part not in fresh]:
+        remedy = ",".join([*fresh, *lacking])
+        raise UserError(
+            f"checkpoint {path} has no {' and no '.join(lacking)}: train it from a fresh start with "
+            f"checkpoint.reset=[{remedy}], or name a checkpoint that has it"
+        )
 
 
 def load_optimizer(path: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, updates: int) -> None:

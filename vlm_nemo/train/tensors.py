@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,18 @@ from vlm_nemo.types import UserError
 MOMENTS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 """AdamW's running means, as torch names them."""
 
+UNUSED_KIND = "unused"
+UNUSED_FILE = "unused.safetensors"
+"""Beside the weights: tensors that came with an imported model and that ours has no place for. Their keys begin with
+their part, too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """What a stored tensor is."""
 
     kind: str
-    """weight | master | exp_avg | exp_avg_sq"""
+    """weight | master | exp_avg | exp_avg_sq | unused: came with the model and is kept for who reads it elsewhere"""
     key: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
@@ -78,12 +83,33 @@ def write(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> Path | None:
     index: dict[str, Any] = {}
     for number, (chunk, tensor) in enumerate(chunks):
         name = f"{chunk.kind}/{chunk.key}#{number}"
-        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = alone(tensor.detach().to("cpu").contiguous())
         index[name] = asdict(chunk)
     if not tensors:
         return None
     save_file(tensors, path, metadata={"chunks": json.dumps(index)})
     return path
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A tensor whose memory is its own, as the format wants it: a view is copied."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def whole_chunk(kind: str, key: str, shape: tuple[int, ...]) -> Chunk:
+    """A global tensor in one piece."""
+    box = Box(key=key, global_shape=shape, offset=(0,) * len(shape), shape=shape)
+    return _chunk(kind, box, 0, math.prod(shape))
+
+
+def read_unused(weights: Path, skip_parts: Collection[str] = ()) -> list[tuple[Chunk, Tensor]]:
+    """The tensors of a checkpoint's UNUSED_FILE, without those of some parts; none if there is no such file."""
+    if not (weights / UNUSED_FILE).is_file():
+        return []
+    with safe_open(weights / UNUSED_FILE, framework="pt") as file:
+        index = json.loads(file.metadata()["chunks"])
+        found = [(_from_json(entry), file.get_tensor(name)) for name, entry in index.items()]
+    return [(chunk, tensor) for chunk, tensor in found if chunk.key.split(".", 1)[0] not in skip_parts]
 
 
 class Reader:
@@ -95,9 +121,21 @@ class Reader:
         for path in sorted(folder.glob("*.safetensors")):
             file = self._files[path] = safe_open(path, framework="pt")
             for name, entry in json.loads(file.metadata()["chunks"]).items():
-                entry = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-                chunk = Chunk(**entry)
+                chunk = _from_json(entry)
                 self._chunks[chunk.kind, chunk.key].append((chunk, path, name))
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Key -> global shape of everything of one kind."""
+        return {key: found[0][0].global_shape for (k, key), found in self._chunks.items() if k == kind}
+
+    def parts(self) -> set[str]:
+        """Parts of the model (vision, projector, language) that there are weights of."""
+        return {key.split(".", 1)[0] for key in self.shapes("weight")}
+
+    def whole(self, kind: str, key: str) -> Tensor:
+        """A global tensor, whatever layout wrote it. Raises UserError if it is not all there."""
+        shape = self.shapes(kind).get(key, ())
+        return self.box(kind, Box(key=key, global_shape=shape, offset=(0,) * len(shape), shape=shape))
 
     def box(self, kind: str, box: Box) -> Tensor:
         """The values of a box, [box.shape]. Raises UserError if they are not all there or the shapes differ."""
@@ -144,6 +182,11 @@ class Reader:
             what = f"{parts[0][0].kind} {parts[0][0].key}"
             raise UserError(f"the checkpoint lacks a part of {what}: a rank's file is missing")
         return joined.view(shape)
+
+
+def _from_json(entry: dict[str, Any]) -> Chunk:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return Chunk(**fields)
 
 
 def _by_box(found: list[tuple[Chunk, Path, str]]) -> dict[Any, list[tuple[Chunk, Path, str]]]:

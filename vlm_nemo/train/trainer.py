@@ -79,6 +79,7 @@ class Trainer:
         recent: deque[float] = deque(maxlen=20)
         skipped_in_a_row = 0
         step = saved = self.start
+        self._write_progress(step)
         # Ranks see a signal at different moments: only what they agreed on together may end the loop.
         stopping = groups.max_over([self.request.name is not None])[0] > 0
         while step < last and not stopping:
@@ -109,7 +110,8 @@ class Trainer:
             self._save(step, data.state)
         if stopping:
             name = self.request.name or "a signal to another rank"
-            self._say(f"{name}: stopped after step {step} with a checkpoint; the same command goes on")
+            done = f"after step {step} with a checkpoint" if step else "before the first step"
+            self._say(f"{name}: stopped {done}; the same command goes on")
         elif step < steps:
             self._say(f"stopped after step {step} (trainer.stop_at) with a checkpoint")
         return step
@@ -200,10 +202,19 @@ class Trainer:
             keep=self.checkpoint_cfg.keep,
         )
         self._write_ledger()
+        self._write_progress(step)
         if self.metrics is not None:
             self.metrics.plot()
-            spent = {"step": step, "steps": self.trainer_cfg.steps, "seconds": round(self.clock(), 2)}
-            (self.run_dir / "run.json").write_text(json.dumps(spent) + "\n")
+
+    def _write_progress(self, step: int) -> None:
+        """run.json: the last step that a checkpoint holds, of how many. Launchers read it: written at the start too, so
+        that it never tells of an earlier, shorter run.
+        """
+        if self.ranks.main:
+            progress = {"step": step, "steps": self.trainer_cfg.steps, "seconds": round(self.clock(), 2)}
+            draft = self.run_dir / ".run.json.draft"
+            draft.write_text(json.dumps(progress) + "\n")
+            draft.replace(self.run_dir / "run.json")
 
     def _write_ledger(self) -> None:
         if self.ranks.main:

@@ -41,7 +41,8 @@ def generate(cfg: GenerateRoot) -> None:
         precision=cfg.precision,
     )
     tokens = encode_prompt(messages, model.tokenizer, model.template, [model.spec.tokens] * len(images))
-    asked = Prompt(tokens=tokens, images=partial(decode_images, images, model.spec))
+    pictures = partial(decode_images, images, model.spec)
+    asked = Prompt(tokens=tokens, images=pictures, image_count=len(images))
     (output,) = replicas.generate(model, [asked], sampling_of(cfg.infer))
     if model.ranks is None or model.ranks.main:
         print(output.outputs[0].text.strip())

@@ -10,19 +10,12 @@ from vlm_nemo.infer import replicas
 from vlm_nemo.infer.load import LoadedModel, open_model
 from vlm_nemo.serve import run
 from vlm_nemo.serve.loop import follow
-from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
 
 
 def serve(cfg: ServeRoot) -> None:
-    """Listen until SIGTERM or SIGINT. Raises UserError for a source, an address or a key that is not good."""
+    """Listen until SIGTERM or SIGINT. Raises UserError for a model, an address or a key that is not good."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    sources = {"checkpoint": cfg.checkpoint.load, "hf": cfg.hf, "export": cfg.export}
-    given = [name for name, value in sources.items() if value]
-    if len(given) != 1:
-        raise UserError(
-            f"serve needs exactly one of export=DIR, checkpoint=DIR and hf=DIR, not {' and '.join(given) or 'none'}"
-        )
     set_up_logging(rank)
 
     def load() -> LoadedModel:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from vlm_nemo import config
 from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.export.config import ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,35 @@ VERBS: dict[str, Verb] = {
             notes=(CHECKPOINT_NOTE, "the model's own settings come from the checkpoint"),
         ),
         Verb(
+            name="convert",
+            summary="bring a model from Hugging Face, or give one back",
+            examples=(
+                "vlm-nemo convert hf=[clip-vit-large-patch14-336,vicuna-7b] out=runs/llava15_7b/start",
+                "vlm-nemo convert checkpoint=runs/demo/stage3/checkpoints out=runs/demo/hf",
+            ),
+            root=config.ConvertRoot,
+            run="vlm_nemo.verbs.convert:convert",
+            model=("checkpoint.load", "hf"),
+            ranks=False,
+            notes=(
+                CHECKPOINT_NOTE,
+                "safetensors in and out; to and from one layout: any layout loads what it writes",
+            ),
+        ),
+        Verb(
+            name="export",
+            summary="write ONNX graphs, and engines compiled from them, that answer without torch",
+            examples=(
+                "vlm-nemo export checkpoint=runs/demo/stage3/checkpoints out=runs/demo/export precision=fp32",
+                "vlm-nemo export hf=llava-1.5-7b-hf out=export engine=tensorrt_rtx engine_sm=[89,120]",
+            ),
+            root=ExportConfig,
+            run="vlm_nemo.verbs.export:export",
+            model=("checkpoint.load", "hf"),
+            ranks=False,
+            notes=(CHECKPOINT_NOTE, "the graphs are compared with the model in torch; over a limit, the export fails"),
+        ),
+        Verb(
             name="serve",
             summary="answer over HTTP as OpenAI's API does, and show a page to ask",
             examples=(
@@ -103,9 +133,9 @@ VERBS: dict[str, Verb] = {
             ),
             root=config.ServeRoot,
             run="vlm_nemo.verbs.serve:serve",
+            model=("checkpoint.load", "hf", "export"),
             notes=(
                 CHECKPOINT_NOTE,
-                "exactly one of export=DIR, checkpoint=DIR and hf=DIR",
                 "asks everybody for an API key if the variable VLM_NEMO_API_KEY is set",
             ),
         ),

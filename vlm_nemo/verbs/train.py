@@ -21,7 +21,7 @@ from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
-from vlm_nemo.train import checkpoint, optim
+from vlm_nemo.train import checkpoint, optim, tensors
 from vlm_nemo.train.metrics import MetricsWriter
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
@@ -59,6 +59,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     origin = checkpoint.find(cfg.checkpoint.load) if cfg.checkpoint.load and not saved else None
     if origin:
         checkpoint.check(origin, ranks, ("weights/", "tokenizer/"))
+        checkpoint.check_parts(origin, tensors.Reader(origin / "weights"), cfg.checkpoint.reset)
         if "language" not in cfg.checkpoint.reset and not tokenizer.same_as(origin / "tokenizer"):
             raise UserError(
                 f"data.tokenizer={cfg.data.tokenizer} is not the tokenizer that {origin} was trained with: its "
@@ -93,9 +94,13 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     if saved:
         checkpoint.load_optimizer(saved.path, chunks, optimizer, saved.updates)
 
+    # In memory: the checkpoint that it comes from may be gone before this run's last one is written
+    unused = tensors.read_unused(source / "weights", skip_parts=fresh) if source and ranks.main else []
+
     def write_extras(folder: Path) -> None:
         (folder / "config.yaml").write_text(config_text)
         tokenizer.save(folder / "tokenizer")
+        tensors.write(folder / "weights" / tensors.UNUSED_FILE, unused)
 
     # 3. The loop
     metrics = None

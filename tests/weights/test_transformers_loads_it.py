@@ -1,0 +1,164 @@
+"""transformers loads what we export: its logits, its token ids and its pixels are ours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from tests.weights import twins
+from tests.weights.test_round_trip import convert
+from vlm_nemo.data.chat import TEMPLATES, encode_conversation, encode_prompt
+from vlm_nemo.data.image import decode_image
+from vlm_nemo.data.packing import pack_batch
+from vlm_nemo.data.sample import EncodedSample
+from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.model.batch import model_batch
+from vlm_nemo.model.build import build_model
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.train import checkpoint
+from vlm_nemo.verbs.common import checkpoint_config, model_config, spec_of
+from vlm_nemo.weights.words import jinja
+
+QUESTION = "What colour is the star?"
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Smooth, so that two bicubic filters differ by rounding alone."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    channels = [255 * x, 255 * y, 127 + 100 * np.sin(4 * x + 3 * y)]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    return held.getvalue()
+
+
+def our_logits(step: Path, cfg: ModelConfig, tokens: list[int], images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[T, V] of one conversation, by the model of a checkpoint."""
+    tokenizer, spec = Tokenizer(step / "tokenizer"), spec_of(cfg.vision)
+    sample = EncodedSample(tokens=tokens, labels=[-100] * len(tokens), images=torch.stack(list(images)))
+    row = pack_batch([sample], len(tokens), tokenizer.pad_id, spec.size)
+    with device.adapter(), torch.no_grad():
+        groups.start(ParallelConfig(), seed=0)
+        (model,) = build_model(cfg, ParallelConfig(), "fp32", 0, fresh=())
+        checkpoint.load_weights(step, [model])
+        batch = model_batch(
+            row,
+            image_token=tokenizer.image_id,
+            tokens_per_image=spec.tokens,
+            image_size=spec.size,
+            device=device.device(),
+        )
+        logits = model.eval()(batch, gather_logits=True)[0]
+        groups.stop()
+    return logits
+
+
+def normalised(images: Sequence[torch.Tensor], cfg: ModelConfig) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (cfg.vision.mean, cfg.vision.std))
+    return torch.stack([(image.float() - mean) / std for image in images])
+
+
+def load(folder: Path) -> Any:
+    """As the model card says; a key that is missing or left over fails."""
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    return model.eval()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped-query": {},
+    "one key head a head": {"text": {"num_key_value_heads": 4}},
+    "class token kept": {"vision_feature_select_strategy": "full"},
+    "last layer": {"vision_feature_layer": -1, "vision": {"hidden_act": "gelu"}},
+    "third layer from the end": {"vision_feature_layer": -3},
+    "tied": {"text": {"tie_word_embeddings": True}, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "aspect"),
+    [*((name, "pad") for name in VARIANTS), ("grouped-query", "crop"), ("grouped-query", "squash")],
+)
+def test_logits_ids_and_pixels_are_ours(tmp_path: Path, variant: str, aspect: str) -> None:
+    original = twins.llava(tmp_path / "hf", aspect=aspect, **VARIANTS[variant])
+    convert(f"hf={tmp_path}/hf", f"out={tmp_path}/ours")
+    convert(f"checkpoint={tmp_path}/ours", f"out={tmp_path}/back")
+    step = tmp_path / "ours"
+    cfg = model_config(checkpoint_config(step))
+    assert cfg.vision.aspect == aspect
+    spec, tokenizer = spec_of(cfg.vision), Tokenizer(step / "tokenizer")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
+    model = load(tmp_path / "back")
+    for width, height, within in ((twins.SIZE, twins.SIZE, 0), (40, 24, 2), (20, 36, 2)):
+        pictures = [picture(width, height), picture(height, width)]
+        content = [*({"type": "image", "image": p} for p in pictures), {"type": "text", "text": QUESTION}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        prompt = "<image>\n<image>\n" + QUESTION
+        tokens = encode_prompt(
+            [{"role": "user", "content": prompt}], tokenizer, TEMPLATES["vicuna"], [spec.tokens, spec.tokens]
+        )
+        assert inputs["input_ids"][0].tolist() == tokens
+        images = [decode_image(png(p), spec) for p in pictures]
+        std = torch.tensor(cfg.vision.std).view(3, 1, 1) * 255
+        levels = (inputs["pixel_values"] - normalised(images, cfg)) * std
+        assert levels.abs().max() <= within + 1e-3
+        if within:
+            continue
+        with torch.no_grad():
+            given = dict(input_ids=torch.tensor([tokens]), pixel_values=normalised(images, cfg))
+            theirs = model(**given).logits[0]
+            before = original(**given).logits[0]
+        ours = our_logits(step, cfg, tokens, images)
+        assert (ours - theirs).abs().max() < 1e-4
+        assert torch.equal(theirs, before)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ["byte level", "like Llama's"])
+def test_the_chat_template_says_what_training_saw(tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "byte level":
+        twins.write_tokenizer(tmp_path / "t")
+    else:
+        from vlm_nemo.weights.words import import_tokenizer
+
+        twins.write_llama_tokenizer(tmp_path / "llama")
+        assert import_tokenizer(tmp_path / "llama", tmp_path / "t") == ["<image>", "<pad>"]
+    (tmp_path / "t" / "chat_template.jinja").write_text(jinja(TEMPLATES[name]))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
+    ours = Tokenizer(tmp_path / "t")
+    assert theirs.bos_token_id == ours.bos_id and theirs.pad_token_id == ours.pad_id
+    one = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
+    more: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        *one,
+        {"role": "assistant", "content": " It is red.\n"},
+        {"role": "user", "content": "It is blue?"},
+    ]
+    # A "▁" before every piece marks where an answer begins; text can say that only with a space of its own
+    whole = kind == "byte level" or TEMPLATES[name].assistant_lead
+    for messages in (one, more[1:3], more) if whole else (one,):
+        prompt = messages[-1]["role"] == "user"
+        asked = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+        encode = encode_prompt if prompt else lambda *words: encode_conversation(*words)[0]
+        assert asked == encode(messages, ours, TEMPLATES[name], [1])
+    parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, {"type": "image"}]}]
+    assert theirs.apply_chat_template(parts, tokenize=False) == theirs.apply_chat_template(one, tokenize=False)

@@ -1,0 +1,54 @@
+"""`vlm-nemo convert`: Hugging Face's folders to a checkpoint of ours, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vlm_nemo.config import ConvertRoot
+from vlm_nemo.data.chat import TEMPLATES
+from vlm_nemo.options import did_you_mean
+from vlm_nemo.train import checkpoint
+from vlm_nemo.train.origin import checkpoint_config, model_config
+from vlm_nemo.types import UserError
+from vlm_nemo.weights.from_hf import to_checkpoint
+from vlm_nemo.weights.to_hf import to_folder
+
+DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert(cfg: ConvertRoot) -> None:
+    """Whichever way the words say; prints what became of what."""
+    if cfg.max_shard_gb <= 0:
+        raise UserError(f"max_shard_gb={cfg.max_shard_gb} must be above 0")
+    dtype, max_bytes, out = DTYPES[cfg.dtype], int(cfg.max_shard_gb * 1e9), Path(cfg.out)
+    if cfg.hf:
+        if cfg.part != "all":
+            raise UserError(f"part={cfg.part} is for checkpoint=DIR; a folder of hf= gives all the parts that it has")
+        if cfg.template not in ("auto", *TEMPLATES):
+            hint = did_you_mean(cfg.template, TEMPLATES) or f"; there are auto, {', '.join(TEMPLATES)}"
+            raise UserError(f"template={cfg.template} is unknown{hint}")
+        to_checkpoint(
+            cfg.hf,
+            out,
+            dtype=dtype,
+            max_bytes=max_bytes,
+            feature_layer=cfg.feature_layer,
+            template=None if cfg.template == "auto" else cfg.template,
+            say=print,
+        )
+        return
+    assert cfg.checkpoint.load is not None
+    step_folder = checkpoint.find(cfg.checkpoint.load)
+    saved = checkpoint_config(step_folder)
+    to_folder(
+        step_folder,
+        model_config(saved),
+        saved["data"]["template"],
+        out,
+        part=None if cfg.part == "all" else cfg.part,
+        dtype=dtype,
+        max_bytes=max_bytes,
+        say=print,
+    )

@@ -1,0 +1,152 @@
+"""A folder of Hugging Face, or one a part, to a checkpoint folder of ours. One tensor and one file in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.vlm import PARTS
+from vlm_nemo.train import checkpoint, tensors
+from vlm_nemo.train.tensors import UNUSED_FILE, UNUSED_KIND, Chunk, whole_chunk
+from vlm_nemo.types import UserError
+from vlm_nemo.weights import llava
+from vlm_nemo.weights.hf import HFFolder, joined
+from vlm_nemo.weights.llava_config import LLAVA_DEFAULTS, model_config_of
+from vlm_nemo.weights.shards import cast, in_shards, new_folder
+from vlm_nemo.weights.words import import_tokenizer, rows_needed, template_of
+
+
+def to_checkpoint(
+    paths: Sequence[str],
+    out: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_bytes: int,
+    feature_layer: int,
+    template: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Write `out`, a step folder at step 0 of what the folders give together.
+
+    dtype: of the weights; None = each as it is. feature_layer: of a vision tower that stands alone. template: a name in
+    data.chat.TEMPLATES; None = the one that a folder's chat template is, else vicuna.
+    Raises UserError for folders that do not fit together and for what our model does not do.
+    """
+    folders = [HFFolder(path) for path in paths]
+    _check_parts(folders)
+    cfg = model_config_of(*folders, feature_layer=feature_layer)
+    _check_tensors(folders, cfg)
+    wordy = next((f for f in folders if "language" in f.parts), None)
+    with new_folder(out) as draft:
+        grown = cfg.language.vocab_size
+        if wordy is not None:
+            added = import_tokenizer(wordy.path, draft / "tokenizer")
+            tokenizer = Tokenizer(draft / "tokenizer")
+            _check_image_token(wordy, tokenizer)
+            grown = rows_needed(tokenizer.vocab_size, cfg.language.vocab_size)
+            if added or grown > cfg.language.vocab_size:
+                say(_growth(added, cfg.language.vocab_size, grown))
+        chosen = template or next((t for f in folders if (t := template_of(f.path))), None) or "vicuna"
+        (draft / "weights").mkdir()
+        for number, shard in enumerate(in_shards(_weights(folders, cfg, grown, dtype), max_bytes), 1):
+            tensors.write(draft / "weights" / f"part_{number:05d}.safetensors", shard)
+        tensors.write(draft / "weights" / UNUSED_FILE, _unused(folders, cfg))
+        cfg.language.vocab_size = grown
+        stored = str(dtype).removeprefix("torch.") if dtype else _dtype(folders)
+        precision = "fp32" if stored in ("float32", "float64") else "bf16"
+        saved = {
+            "origin": [str(folder.path) for folder in folders],
+            "precision": precision,
+            "model": asdict(cfg),
+            "data": {"tokenizer": f"{out}/tokenizer" if wordy else "", "template": chosen},
+        }
+        (draft / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+        (draft / "state.json").write_text(json.dumps({"step": 0, "updates": 0}) + "\n", encoding="utf-8")
+        checkpoint.write_manifest(draft)
+    parts = [part for folder in folders for part in folder.parts]
+    say(f"wrote {out}: {', '.join(parts)}; {stored} weights that run in {precision}, template {chosen}")
+    if lacking := [part for part in PARTS if part not in parts]:
+        say(f"it has no {' and no '.join(lacking)}: train with checkpoint.reset=[{','.join(lacking)}]")
+
+
+def _check_parts(folders: Sequence[HFFolder]) -> None:
+    giver: dict[str, HFFolder] = {}
+    for folder in folders:
+        for part in folder.parts:
+            if part in giver:
+                raise UserError(f"{giver[part].path} and {folder.path} both give the {part}; name one of them")
+            giver[part] = folder
+
+
+def _check_tensors(folders: Sequence[HFFolder], cfg: ModelConfig) -> None:
+    """That every tensor is there and known, before the first gigabyte is written."""
+    for folder in folders:
+        llava.unused_names(folder.names(), cfg)
+        for entry in llava.entries(cfg, folder.parts):
+            shapes = [folder.shape(name) for name in entry.hub]
+            if entry.ours in (llava.EMBEDDING, llava.HEAD) and shapes[0][0] != cfg.language.vocab_size:
+                raise UserError(
+                    f"{folder.path}/config.json: vocab_size={cfg.language.vocab_size}, but {entry.hub[0]} has "
+                    f"{shapes[0][0]} rows; they must be equal"
+                )
+
+
+def _check_image_token(folder: HFFolder, tokenizer: Tokenizer) -> None:
+    """Of a LLaVA: its placeholder must be the tokenizer's."""
+    if folder.family != "llava":
+        return
+    config = {**LLAVA_DEFAULTS, **folder.config}
+    said = config.get("image_token_id", config["image_token_index"])
+    if said != tokenizer.image_id:
+        raise UserError(
+            f"{folder.path}/config.json: image_token_index={said}, but the tokenizer's <image> is "
+            f"{tokenizer.image_id}; they must be equal"
+        )
+
+
+def _growth(added: Sequence[str], rows: int, grown: int) -> str:
+    what = f"added {' and '.join(added)} to the tokenizer" if added else "the tokenizer has more tokens than rows"
+    if grown == rows:
+        return f"{what}; the embedding's {rows} rows have room for it"
+    return f"{what}; embedding and head grow from {rows} to {grown} rows, each new one the mean of the others"
+
+
+def _weights(
+    folders: Sequence[HFFolder], cfg: ModelConfig, rows: int, dtype: torch.dtype | None
+) -> Iterator[tuple[Chunk, Tensor]]:
+    for folder in folders:
+        for entry in llava.entries(cfg, folder.parts):
+            whole = joined(folder, entry)
+            if entry.ours in (llava.EMBEDDING, llava.HEAD):
+                whole = _grow(whole, rows)
+            yield whole_chunk("weight", entry.ours, tuple(whole.shape)), cast(whole, dtype)
+
+
+def _grow(table: Tensor, rows: int) -> Tensor:
+    """More rows, each the mean of those that there are: the new tokens then say nothing in particular."""
+    if rows == table.shape[0]:
+        return table
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat((table, mean.expand(rows - table.shape[0], -1)))
+
+
+def _unused(folders: Sequence[HFFolder], cfg: ModelConfig) -> Iterator[tuple[Chunk, Tensor]]:
+    """What our model has no place for, as it is."""
+    for folder in folders:
+        for name in llava.unused_names(folder.names(), cfg):
+            tensor = folder.tensor(name)
+            yield whole_chunk(UNUSED_KIND, f"{llava.part_of(name)}.{name}", tuple(tensor.shape)), tensor
+
+
+def _dtype(folders: Sequence[HFFolder]) -> str:
+    """The type of the language model's weights, which are most of them; of the tower's where it stands alone."""
+    main = max(folders, key=lambda folder: "language" in folder.parts)
+    return main.dtype(next(llava.entries(ModelConfig(), main.parts)).hub[0])
