@@ -17,7 +17,7 @@ from vlm_nemo.serve.run import KEY_VARIABLE, bind, hosts, is_local, read_key
 from vlm_nemo.serve.run import Server as Running
 from vlm_nemo.types import UserError
 
-from .parrot import Parrot, http, served, user
+from .parrot import Parrot, http, served, until, user
 
 KEY = "sk-a-key-that-nobody-knows"
 ROUTES = (
@@ -70,6 +70,7 @@ def test_the_log_has_neither_keys_nor_bodies(keyed: Running, caplog: pytest.LogC
         body = {"messages": user("a private question"), "max_tokens": 1}
         http.post(f"{keyed.url}/v1/chat/completions?token=private", json=body, headers=headers)
         http.get(f"{keyed.url}/a%0Aforged%20line", headers=headers)
+        until(lambda: "forged" in caplog.text)  # a line is written when its answer is out
     lines = [record.getMessage() for record in caplog.records if record.name == name]
     assert lines[0].startswith("127.0.0.1 POST /v1/chat/completions 200 ")
     assert lines[1].startswith("127.0.0.1 GET /a%0Aforged%20line 404 ")
