@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlm_nemo import config
-from vlm_nemo.config import Config, GenerateRoot, build, compose
+from vlm_nemo.config import Config, ServeRoot, build, compose
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.options import ANY_NAME, Option, find, nearest, options, sections
 from vlm_nemo.overrides import translate
@@ -44,7 +44,7 @@ def test_groups_and_modules_are_a_bijection() -> None:
 
 
 def test_every_group_is_a_section_of_a_root_and_names_its_module() -> None:
-    titles = {s.key: s.title for root in (Config, GenerateRoot) for s in sections(root) if s.key in config.GROUPS}
+    titles = {s.key: s.title for root in (Config, ServeRoot) for s in sections(root) if s.key in config.GROUPS}
     assert set(titles) == set(config.GROUPS)
     for group, module in config.GROUPS.items():
         assert f"`{module}`" in titles[group], f"{group} says {titles[group]!r}"
@@ -61,7 +61,7 @@ def test_every_option_has_a_description(verb: str) -> None:
 
 @pytest.mark.parametrize("group", config.GROUPS)
 def test_every_part_composes(group: str) -> None:
-    verb = "generate" if group == "infer" else "train"
+    verb = {"infer": "generate", "serve": "serve"}.get(group, "train")
     for choice in config.group_choices(group):
         composed(f"{group}={choice}", verb=verb)
 

@@ -17,7 +17,7 @@ from vlm_nemo.serve.run import KEY_VARIABLE, bind, hosts, is_local, read_key
 from vlm_nemo.serve.run import Server as Running
 from vlm_nemo.types import UserError
 
-from .parrot import Parrot, http, served, user
+from .parrot import Parrot, http, served, until, user
 
 KEY = "sk-a-key-that-nobody-knows"
 ROUTES = (
@@ -70,6 +70,7 @@ def test_the_log_has_neither_keys_nor_bodies(keyed: Running, caplog: pytest.LogC
         body = {"messages": user("a private question"), "max_tokens": 1}
         http.post(f"{keyed.url}/v1/chat/completions?token=private", json=body, headers=headers)
         http.get(f"{keyed.url}/a%0Aforged%20line", headers=headers)
+        until(lambda: "forged" in caplog.text)  # a line is written when its answer is out
     lines = [record.getMessage() for record in caplog.records if record.name == name]
     assert lines[0].startswith("127.0.0.1 POST /v1/chat/completions 200 ")
     assert lines[1].startswith("127.0.0.1 GET /a%0Aforged%20line 404 ")
@@ -203,10 +204,11 @@ def test_a_signal_ends_the_process_well(number: signal.Signals, tmp_path: Path) 
         line = process.stdout.readline().decode()
         assert line.startswith("serving parrot at http://127.0.0.1:") and line.endswith(" (ctrl-c ends it)\n")
         assert http.get(line.split()[3] + "/v1/health/ready").status_code == 200
+        assert http.get(line.split()[3] + "/v1/version").status_code == 200
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
         assert (process.returncode, out) == (0, b"")
-        assert err.decode().count("\n") == 1 and "GET /v1/health/ready 200" in err.decode()
+        assert err.decode().count("\n") == 1 and "GET /v1/version 200" in err.decode()  # probes are not logged
 
 
 def test_a_model_that_cannot_be_opened_ends_the_process(tmp_path: Path) -> None:

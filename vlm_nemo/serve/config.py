@@ -43,4 +43,4 @@ class ServeConfig:
     drain_s: float = 10.0
     """When asked to stop: how long answers that have begun may take to end."""
     access_log: bool = True
-    """A line a request to stderr: address, path, status, seconds; never a body or a key."""
+    """A line a request to stderr: address, path, status, seconds; never a body or a key, and no health probes."""

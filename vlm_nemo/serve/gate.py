@@ -20,6 +20,9 @@ access = logging.getLogger("vlm_nemo.serve.access")
 OPEN_PATHS = frozenset({"/"})
 """Without a key: the page, which holds nothing and asks for it."""
 
+PROBES = frozenset({"/v1/health/live", "/v1/health/ready", "/v1/metrics", "/metrics"})
+"""Not in the log: something asks for them every few seconds."""
+
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -69,7 +72,7 @@ class Gate:
             elif not whole:
                 raise  # too late for another status: the connection breaks
         finally:
-            if self._log:
+            if self._log and scope["path"] not in PROBES:
                 client = (scope.get("client") or ("-",))[0]
                 # The path as it came, percent signs and all: it cannot forge a line. Neither query nor headers.
                 path = scope.get("raw_path", b"").decode("latin-1")
