@@ -1,7 +1,8 @@
 """Make the shapes data: `python data/shapes/prepare.py out=DIR [images=32000 seed=0 questions=200 workers=2]`.
 
-Writes DIR/captions/NNNNN.tar (img2dataset's layout), DIR/instruct.json + DIR/images/ (LLaVA's layout) and
-DIR/eval.json + DIR/eval_images/ (held-out questions). Half of the training images carry captions, half conversations.
+Writes DIR/captions/NNNNN.tar (img2dataset's layout), DIR/instruct.json, DIR/relations.json and DIR/images/ (LLaVA's
+layout), DIR/eval.json and DIR/eval_images/ (held-out questions). Half of the training images carry captions, half
+conversations.
 The same arguments give the same bytes, whatever the number of workers.
 """
 
@@ -123,30 +124,42 @@ def conversation(options: Options, index: int, scene: Scene, neighbour: Scene) -
             asked[0] = (f"<image>\n<image>\n{asked[0][0]}", asked[0][1])
             return row | {"image": [name, other], "conversations": turns(*asked)}
     if way == "caption":
-        asked = [(rng.choice(CAPTION_REQUESTS), text.caption(scene, rng, keyed=0.5))]
+        asked = [(rng.choice(CAPTION_REQUESTS), text.caption(scene, rng))]
     else:
         asked = [(q.text, q.answer) for q in text.questions(scene, rng, 1 if way == "single" else rng.randint(5, 8))]
         if way == "many" and rng.random() < 0.3:
             # Last: before the questions it would let them be answered from the text, without looking
-            asked.append((rng.choice(CAPTION_REQUESTS), text.caption(scene, rng, keyed=0.5)))
+            asked.append((rng.choice(CAPTION_REQUESTS), text.caption(scene, rng)))
     asked[0] = (f"<image>\n{asked[0][0]}", asked[0][1])
     return row | {"conversations": turns(*asked)}
+
+
+def relations(options: Options, index: int, scene: Scene) -> list[dict]:
+    """A row about how the shapes of image `index` lie to one another, or none where no two can be compared."""
+    rng = random.Random(f"{options.seed}/relations/{index}")
+    asked = [(q.text, q.answer) for q in text.relations(scene, rng)]
+    if not asked:
+        return []
+    asked[0] = (f"<image>\n{asked[0][0]}", asked[0][1])
+    return [{"id": f"shapes-relations-{index:06d}", "image": image_name(index), "conversations": turns(*asked)}]
 
 
 def image_name(index: int) -> str:
     return f"{index:06d}.jpg"
 
 
-def write_conversations(options: Options, start: int, stop: int, total: int) -> list[dict]:
-    """Write images start..stop-1 and return their rows. Each two-image row also shows the next image."""
+def write_conversations(options: Options, start: int, stop: int, total: int) -> tuple[list[dict], list[dict]]:
+    """Write images start..stop-1; the rows of instruct.json about them (two-image rows also show the next image) and
+    those of relations.json."""
     pairs = seen_pairs(options.held_out)
-    rows = []
+    rows, related = [], []
     for index in range(start, stop):
         scene = training_scene(options.seed, "talk", index, pairs)
         Path(options.out, "images", image_name(index)).write_bytes(jpeg(scene))
         if index + 1 < total:
             rows.append(conversation(options, index, scene, training_scene(options.seed, "talk", index + 1, pairs)))
-    return rows
+        related += relations(options, index, scene)
+    return rows, related
 
 
 # -- evaluation ---------------------------------------------------------------------------------------------------
@@ -239,11 +252,12 @@ def main() -> None:
         talks = pool.map(write_conversations, repeat(options), starts, stops, repeat(talked))
         checks = pool.map(write_evaluation, repeat(options), kinds)
         list(captions)
-        instruct = [row for rows in talks for row in rows]
+        instruct, related = ([row for rows in column for row in rows] for column in zip(*talks, strict=True))
         evaluation = [row for rows in checks for row in rows]
-    for name, rows in (("instruct.json", instruct), ("eval.json", evaluation)):
+    for name, rows in (("instruct.json", instruct), ("relations.json", related), ("eval.json", evaluation)):
         (out / name).write_text(json.dumps(rows, indent=0) + "\n")
-    print(f"{out}: {captioned} captioned images, {len(instruct)} conversations, {len(evaluation)} evaluation questions")
+    counts = f"{len(instruct)} conversations, {len(related)} more about relations"
+    print(f"{out}: {captioned} captioned images, {counts}, {len(evaluation)} evaluation questions")
 
 
 if __name__ == "__main__":

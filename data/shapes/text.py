@@ -8,6 +8,7 @@ start from a shape or a colour in random order: they teach to look for a thing i
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,9 +90,9 @@ def _keyed(scene: Scene, rng: random.Random) -> str | None:
     return " ".join(said) or None
 
 
-def caption(scene: Scene, rng: random.Random, *, keyed: float = 0.15) -> str:
-    """One wording at random: the scene by place, or with probability `keyed` each thing by its shape or colour."""
-    found = _keyed(scene, rng) if rng.random() < keyed else None
+def caption(scene: Scene, rng: random.Random) -> str:
+    """One wording at random: half of them by place, half by shape or colour."""
+    found = _keyed(scene, rng) if rng.random() < 0.5 else None
     return found or rng.choice(PLACE_FIRST)(scene)
 
 
@@ -139,17 +140,24 @@ def ask_position(scene: Scene, rng: random.Random) -> Question | None:
     return Question(kind="position", text=f"Where is {name}?", answer=PLACES[thing.place])
 
 
-def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+def ask_relation(scene: Scene, rng: random.Random, pair: Sequence[Thing] | None = None) -> Question | None:
     """Of two shapes in one row or one column: left, right, above or below."""
     if len(scene.shapes) < 2:
         return None
-    one, other = rng.sample(scene.shapes, 2)
+    one, other = pair or rng.sample(scene.shapes, 2)
     across, down = one.place % 2 - other.place % 2, one.place // 2 - other.place // 2
     names = [_name(scene, t, rng, hide="place") for t in (one, other)]
     if (across and down) or None in names:
         return None
     answer = ("left" if across < 0 else "right") if across else ("above" if down < 0 else "below")
     return Question(kind="relation", text=f"Where is {names[0]} seen from {names[1]}?", answer=answer)
+
+
+def relations(scene: Scene, rng: random.Random) -> list[Question]:
+    """About every two shapes of one row or one column that can be named, each pair once, in random order."""
+    pairs = [rng.sample(pair, 2) for pair in itertools.combinations(scene.shapes, 2)]
+    rng.shuffle(pairs)
+    return [question for pair in pairs if (question := ask_relation(scene, rng, pair))]
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Question:
@@ -163,7 +171,7 @@ def ask_printed(scene: Scene, rng: random.Random) -> Question | None:
 
 ASK: tuple[Callable[[Scene, random.Random], Question | None], ...] = (
     *(3 * (ask_colour, ask_shape, ask_position)),
-    ask_relation,
+    *(2 * (ask_relation,)),
     ask_count,
     ask_size,
     ask_printed,

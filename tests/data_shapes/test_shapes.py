@@ -49,7 +49,7 @@ def test_training_never_shows_or_names_a_held_out_pair(made: Path) -> None:
         scene = scenes.training_scene(0, "captions", index, pairs)
         assert not {t.pair for t in scene.shapes} & set(scenes.HELD_OUT)
         assert not scene.for_evaluation()
-    words = (made / "instruct.json").read_text()
+    words = (made / "instruct.json").read_text() + (made / "relations.json").read_text()
     with tarfile.open(made / "captions" / "00000.tar") as tar:
         words += " ".join(tar.extractfile(m).read().decode() for m in tar.getmembers() if m.name.endswith(".txt"))
     words += " ".join(text.text_only(random.Random(k)).text for k in range(300))
@@ -97,7 +97,7 @@ def test_layouts(made: Path) -> None:
     assert about["sha256"] == hashlib.sha256(data).hexdigest()
     assert Image.open(io.BytesIO(data)).size == (about["width"], about["height"]) == (64, 64)
     ways = Counter()
-    for name, folder in (("instruct.json", "images"), ("eval.json", "eval_images")):
+    for name, folder in (("instruct.json", "images"), ("relations.json", "images"), ("eval.json", "eval_images")):
         for row in json.loads((made / name).read_text()):
             images = row.get("image", [])
             images = [images] if isinstance(images, str) else images
@@ -107,6 +107,30 @@ def test_layouts(made: Path) -> None:
             assert all((made / folder / image).is_file() for image in images) and all(said)
             ways[len(images), len(said) > 2] += name == "instruct.json"
     assert all(ways[key] for key in ((0, False), (1, False), (1, True), (2, True))), ways
+
+
+def test_relations_are_true_and_said_once(made: Path) -> None:
+    import scenes
+
+    rows = json.loads((made / "relations.json").read_text())
+    assert len(rows) > 40
+    steps = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+    pairs = scenes.seen_pairs(scenes.HELD_OUT)
+    for row in rows:
+        scene = scenes.training_scene(0, "talk", int(row["image"].removesuffix(".jpg")), pairs)
+        said = [turn["value"] for turn in row["conversations"]]
+        asked = set()
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            words = question.removeprefix("<image>\n").removeprefix("Where is the ").removesuffix("?")
+            places = []
+            for name in words.split(" seen from the "):
+                word = name.removesuffix(" shape")
+                places += [t.place for t in scene.shapes if word in (t.colour, t.shape)]
+            assert len(places) == 2, question
+            one, other = places
+            assert (one % 2 - other % 2, one // 2 - other // 2) == steps[answer], (question, answer)
+            asked.add(frozenset(places))
+        assert len(asked) == len(said) // 2, "a pair that is asked about twice gives its answer away"
 
 
 def test_same_arguments_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
