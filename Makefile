@@ -21,7 +21,7 @@ check: $(ready)
 	$(bin)/ruff check .
 	$(bin)/mypy
 	$(bin)/lint-imports
-	$(bin)/shellcheck launch/*.sh .ci/run
+	$(bin)/shellcheck launch/*.sh .ci/run tests/slurm/*.sh
 	$(bin)/hadolint Dockerfile
 
 clean:

@@ -1,4 +1,4 @@
-"""One Slurm cluster for this folder's tests. Where there can be none they are skipped with the reason; in CI they fail."""
+"""One Slurm cluster for this folder's tests. Where there can be none they are skipped; in CI they fail."""
 
 from __future__ import annotations
 

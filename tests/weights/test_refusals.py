@@ -80,6 +80,7 @@ TOP, TEXT, VISION = "", "text_config", "vision_config"
         (TOP, "vision_feature_layer", -9, "feature_layer is -9, but the tower has 3 layers"),
         (TOP, "vision_feature_select_strategy", "cls", "vision_feature_select_strategy='cls'"),
         (TOP, "projector_hidden_act", "relu", "projector_hidden_act='relu'"),
+        (TOP, "quantization_config", {"bits": 4}, "quantization_config={'bits': 4}"),
         (TOP, "multimodal_projector_bias", False, "multimodal_projector_bias=False"),
         (TOP, "image_token_index", 7, "image_token_index=7, but the tokenizer's <image> is 3; they must be equal"),
         (

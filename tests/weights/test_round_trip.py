@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.weights import twins
 from vlm_nemo import cli
-from vlm_nemo.train import checkpoint
+from vlm_nemo.train import checkpoint, tensors
+from vlm_nemo.weights import llava
 from vlm_nemo.weights.hf import HFFolder
 
 
@@ -51,3 +53,25 @@ def test_hub_spelling_comes_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) 
     assert set(index["weight_map"]) == set(state(tmp_path / "hub"))
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in state(tmp_path / "hub").values())
     assert json.loads((tmp_path / "back0" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
+
+
+def test_a_second_copy_of_tied_embeddings_stays_a_copy(tmp_path: Path) -> None:
+    twins.llava(tmp_path / "hf", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    file = tmp_path / "hf" / "model.safetensors"
+    found = load_file(file)
+    embedding, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    save_file({**found, head: found[embedding].clone()}, file, {"format": "pt"})
+    convert(f"hf={tmp_path}/hf", f"out={tmp_path}/ours")
+    assert llava.HEAD not in tensors.Reader(tmp_path / "ours" / "weights").shapes("weight")
+    # What training would do: the embedding moves on, what is kept beside the weights does not
+    part = tmp_path / "ours" / "weights" / "part_00001.safetensors"
+    with safe_open(part, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(part)
+    (name,) = (name for name in weights if llava.EMBEDDING in name)
+    save_file({**weights, name: weights[name] + 1}, part, metadata)
+    (tmp_path / "ours" / "manifest.json").unlink()
+    checkpoint.write_manifest(tmp_path / "ours")
+    convert(f"checkpoint={tmp_path}/ours", f"out={tmp_path}/back")
+    back = state(tmp_path / "back")
+    assert torch.equal(back[embedding], found[embedding] + 1) and torch.equal(back[head], back[embedding])

@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 from tests.weights import twins
-from tests.weights.test_round_trip import convert
+from tests.weights.test_round_trip import convert, same, state
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation, encode_prompt
 from vlm_nemo.data.image import decode_image
 from vlm_nemo.data.packing import pack_batch
@@ -27,7 +27,7 @@ from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint
 from vlm_nemo.verbs.common import checkpoint_config, model_config, spec_of
-from vlm_nemo.weights.words import jinja
+from vlm_nemo.weights.words import export_tokenizer, import_tokenizer
 
 QUESTION = "What colour is the star?"
 
@@ -133,18 +133,17 @@ def test_logits_ids_and_pixels_are_ours(tmp_path: Path, variant: str, aspect: st
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("kind", ["byte level", "like Llama's"])
+@pytest.mark.parametrize("kind", ["byte level", "always", "first"])
 def test_the_chat_template_says_what_training_saw(tmp_path: Path, name: str, kind: str) -> None:
     if kind == "byte level":
-        twins.write_tokenizer(tmp_path / "t")
+        twins.write_tokenizer(tmp_path / "hf")
     else:
-        from vlm_nemo.weights.words import import_tokenizer
-
-        twins.write_llama_tokenizer(tmp_path / "llama")
-        assert import_tokenizer(tmp_path / "llama", tmp_path / "t") == ["<image>", "<pad>"]
-    (tmp_path / "t" / "chat_template.jinja").write_text(jinja(TEMPLATES[name]))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
-    ours = Tokenizer(tmp_path / "t")
+        twins.write_llama_tokenizer(tmp_path / "hf", kind)
+    added = import_tokenizer(tmp_path / "hf", tmp_path / "ours")
+    assert added == ([] if kind == "byte level" else ["<image>", "<pad>"])
+    ours = Tokenizer(tmp_path / "ours")
+    export_tokenizer(ours, tmp_path / "back", TEMPLATES[name], None)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert theirs.bos_token_id == ours.bos_id and theirs.pad_token_id == ours.pad_id
     one = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
     more: list[Any] = [
@@ -162,3 +161,33 @@ def test_the_chat_template_says_what_training_saw(tmp_path: Path, name: str, kin
         assert asked == encode(messages, ours, TEMPLATES[name], [1])
     parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, {"type": "image"}]}]
     assert theirs.apply_chat_template(parts, tokenize=False) == theirs.apply_chat_template(one, tokenize=False)
+
+
+def test_what_transformers_5_saves_again_is_the_same_model(tmp_path: Path) -> None:
+    """Its own spelling of keys, config.json and processor_config.json."""
+    twins.llava(tmp_path / "hf", aspect="squash")
+    convert(f"hf={tmp_path}/hf", f"out={tmp_path}/ours")
+    convert(f"checkpoint={tmp_path}/ours", f"out={tmp_path}/back")
+    load(tmp_path / "back").save_pretrained(tmp_path / "five")
+    transformers.AutoProcessor.from_pretrained(tmp_path / "back").save_pretrained(tmp_path / "five")
+    assert not (tmp_path / "five" / "preprocessor_config.json").exists()
+    convert(f"hf={tmp_path}/five", f"out={tmp_path}/again")
+    convert(f"checkpoint={tmp_path}/again", f"out={tmp_path}/back2")
+    ours, again = (checkpoint_config(tmp_path / name) for name in ("ours", "again"))
+    assert ours["model"] == again["model"] and ours["data"]["template"] == again["data"]["template"]
+    same(state(tmp_path / "back"), state(tmp_path / "back2"))
+    text = "A red star and a blue ring"
+    assert Tokenizer(tmp_path / "ours" / "tokenizer").encode(text) == Tokenizer(
+        tmp_path / "again" / "tokenizer"
+    ).encode(text)
+
+
+@pytest.mark.parametrize("part", ["all", "vision", "language"])
+def test_the_model_card_s_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    twins.llava(tmp_path / "hf")
+    convert(f"hf={tmp_path}/hf", f"out={tmp_path}/ours")
+    convert(f"checkpoint={tmp_path}/ours", f"out={tmp_path}/back", f"part={part}")
+    picture(30, 20).save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    lines = (tmp_path / "back" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(lines, {"FOLDER": str(tmp_path / "back")})

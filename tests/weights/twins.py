@@ -46,14 +46,17 @@ def write_tokenizer(folder: Path) -> int:
     return train_tokenizer(TEXTS, 300, folder)
 
 
-def write_llama_tokenizer(folder: Path) -> int:
-    """A tokenizer like Llama 2's: "▁" before everything, <s> put first, neither <pad> nor <image>."""
+def write_llama_tokenizer(folder: Path, prepend: str = "always") -> int:
+    """A tokenizer like Llama 2's: "▁" before words, <s> put first, neither <pad> nor <image>.
+
+    prepend: before which pieces of text there is a "▁" even without a space, always | first.
+    """
     words = sorted({piece for text in TEXTS for word in text.split() for piece in ("▁" + word, *word)})
     letters = [chr(c) for c in range(32, 127)] + ["▁", "\n"]
     vocab = {w: i for i, w in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *letters, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Split("", "isolated")]
+        [pre_tokenizers.Metaspace(prepend_scheme=prepend), pre_tokenizers.Split("", "isolated")]
     )
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
@@ -62,7 +65,7 @@ def write_llama_tokenizer(folder: Path) -> int:
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return len(vocab)
 

@@ -38,6 +38,10 @@ def load_backend(name: str) -> ModuleType:
         raise UserError(f"engine={name}: the package {name} does not import ({error}); {_WHERE[name]}") from None
     if not hasattr(module, "Builder"):
         raise UserError(f"engine={name}: the package {name} is a stub without libraries; {_WHERE[name]}")
+    if not hasattr(module.LayerType, "KV_CACHE_UPDATE"):
+        raise UserError(
+            f"engine={name}: {name} {module.__version__} cannot update a cache in place; install a newer one"
+        )
     return module
 
 
@@ -113,7 +117,7 @@ def compile_graph(
     """One graph to one serialised engine, strongly typed: the graph's own types decide. See `build_engines`."""
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -121,7 +125,7 @@ def compile_graph(
         raise UserError(f"{trt.__name__} refuses {path}: {told}")
     check_network(trt, network, layers)
     config = builder.create_builder_config()
-    if hasattr(config, "set_compute_capability"):
+    if trt.__name__ == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), 0)
     for shapes in profiles:
@@ -161,6 +165,12 @@ def check_network(trt: ModuleType, network: Any, layers: int | None) -> None:
             raise GateError(f"{trt.__name__} reads {name} {'without' if layers is not None else 'with'} a mask")
         # Small heads and fp32 have no fused kernel; without this the builder gives up on them
         attention.decomposable = True
+
+
+def _strongly_typed(trt: ModuleType) -> int:
+    """The flags of a network whose types are the graph's; TensorRT 11 knows no other and has dropped the flag."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
 
 
 def _vision_shapes(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

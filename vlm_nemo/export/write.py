@@ -199,7 +199,7 @@ def _check_parity(source: Source, wish: Wish, draft: Path, twin: Path | None, sa
     say("comparing with the model in torch")
     reference = source.reference()
     cases = parity.make_cases(reference, bundle, source.tokenizer.vocab_size, source.cfg.language.max_positions)
-    ran = bundle if twin is None else bundle.as_twin(twin)
+    ran = bundle if twin is None else bundle.at(twin, "fp32")
     backend = OnnxBackend(ran, slots=len(cases))
     found = parity.measure(backend, reference, cases, ran.precision)
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}

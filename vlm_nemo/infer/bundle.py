@@ -89,13 +89,14 @@ class Bundle:
             raise UserError(f"{path} holds {tensor['dtype']}, but {MANIFEST} says {self.precision}")
         return np.frombuffer(tensor["data"], dtype=self.storage).reshape(tensor["shape"])
 
-    def as_twin(self, folder: Path) -> Bundle:
-        """The same model in fp32, whose graphs and embeddings lie in `folder`."""
-        return replace(self, folder=folder, precision="fp32")
+    def at(self, folder: Path, precision: str | None = None) -> Bundle:
+        """The same model whose graphs, embeddings and engines lie in `folder`, in another precision if one is given."""
+        return replace(self, folder=folder, precision=precision or self.precision)
 
     def engines(self) -> list[Engines]:
-        """The compiled engines, by name."""
-        return [Engines.read(path.parent) for path in sorted(self.folder.glob("engines/*/build.json"))]
+        """The compiled engines that the manifest knows, by name."""
+        listed = sorted(n for n in self.manifest["files"] if n.startswith("engines/") and n.endswith("/build.json"))
+        return [Engines.read((self.folder / name).parent) for name in listed]
 
 
 @dataclass(frozen=True, kw_only=True)

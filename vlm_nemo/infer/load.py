@@ -6,6 +6,8 @@ torch and megatron-core are imported only for the first two: a server of exporte
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.backend import Backend
 from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.infer.engine import Engine
+from vlm_nemo.infer.sampling import fresh_entropy
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -161,7 +164,7 @@ def _with_torch(
         tokenizer=tokenizer,
         template=TEMPLATES[template],
         spec=spec_of(cfg.vision),
-        engine=_engine(backend, tokenizer, infer),
+        engine=_engine(backend, tokenizer, infer, _shared_entropy(ranks)),
         info=_info("torch", precision, source, capacity),
         ranks=ranks,
     )
@@ -199,8 +202,22 @@ def _runtime(bundle: Bundle, infer: InferConfig) -> tuple[str, Backend]:
     return "onnxruntime", OnnxBackend(bundle, slots=infer.slots)
 
 
-def _engine(backend: Backend, tokenizer: Tokenizer, infer: InferConfig) -> Engine:
-    return Engine(backend, tokenizer, prefill_tokens=infer.prefill_tokens)
+def _engine(
+    backend: Backend, tokenizer: Tokenizer, infer: InferConfig, entropy: Callable[[], int] = fresh_entropy
+) -> Engine:
+    return Engine(backend, tokenizer, prefill_tokens=infer.prefill_tokens, entropy=entropy)
+
+
+def _shared_entropy(ranks: Ranks) -> Callable[[], int]:
+    """Seeds of answers that were given none: as random as ever, and the same on every rank."""
+    if ranks.world == 1:
+        return fresh_entropy
+    import torch.distributed as dist
+
+    box = [fresh_entropy()]
+    dist.broadcast_object_list(box, src=0)
+    numbers = random.Random(box[0])
+    return lambda: numbers.getrandbits(63)
 
 
 def _info(backend: str, precision: str, source: Path, capacity: int) -> dict[str, Any]:

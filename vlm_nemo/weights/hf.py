@@ -216,7 +216,9 @@ def hf_tensors(step_folder: Path, cfg: ModelConfig) -> Iterator[tuple[str, Tenso
     kept = {key.partition(".")[2]: key for key in reader.shapes(tensors.UNUSED_KIND)}
     whole_tower = llava.exported_vision(cfg, kept) == cfg.vision
     for name, key in kept.items():
-        if whole_tower or name not in llava.idle_layers(cfg):
+        if name == llava.HUB_HEAD:  # a second copy of tied embeddings: as they are now, not as they came
+            yield name, reader.whole("weight", llava.EMBEDDING)
+        elif whole_tower or name not in llava.idle_layers(cfg):
             yield name, reader.whole(tensors.UNUSED_KIND, key)
     if "vision" in parts and f"{llava.POST_NORM}.weight" not in kept:
         # A tower that was trained here has none; CLIP's class wants one, and LLaVA never asks for its output

@@ -76,6 +76,8 @@ def model_config_of(*folders: HFFolder, feature_layer: int = -2) -> ModelConfig:
     cfg = ModelConfig()
     for folder in folders:
         config, where = folder.config, str(folder.path / "config.json")
+        if config.get("quantization_config"):
+            raise _refuse(where, "quantization_config", config["quantization_config"], "it does whole weights")
         if folder.family == "llava":
             vision = config.get("vision_config")
             base = LLAVA_VISION_DEFAULTS if vision is None else CLIP_DEFAULTS

@@ -21,13 +21,17 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def in_shards(items: Iterable[tuple[Label, Tensor]], limit: int) -> Iterator[list[tuple[Label, Tensor]]]:
-    """Runs of tensors of at most `limit` bytes together (a larger tensor stands alone), in their order."""
+    """Runs of tensors of at most `limit` bytes together (a larger tensor stands alone), in their order.
+
+    A run is the caller's until it asks for the next; then it is emptied, so that only one is in memory.
+    """
     held: list[tuple[Label, Tensor]] = []
     size = 0
     for label, tensor in items:
         if held and size + tensor.nbytes > limit:
             yield held
-            held, size = [], 0
+            held.clear()
+            size = 0
         held.append((label, tensor))
         size += tensor.nbytes
     if held:

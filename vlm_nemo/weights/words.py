@@ -51,19 +51,39 @@ def import_tokenizer(source: Path, target: Path) -> list[str]:
             next_id += 1
             added.append(name)
         config[role] = name
-    (target / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    _write(target / "tokenizer.json", content)
     _write(target / "tokenizer_config.json", config)
     return added
 
 
 def export_tokenizer(tokenizer: Tokenizer, target: Path, template: Template, processor: str | None) -> None:
-    """The tokenizer's files with our chat template; processor: the class that AutoProcessor is to build, if any."""
+    """The tokenizer's files with our chat template; processor: the class that AutoProcessor is to build, if any.
+
+    Ours encodes what lies between two special tokens by itself, as LLaVA's training did, so that a SentencePiece-like
+    tokenizer puts its "▁" before each such piece. The files are made to say so: some put it before the first only, and
+    transformers 5 builds a LlamaTokenizer by rules of its own instead of reading tokenizer.json.
+    """
     tokenizer.save(target)
-    config = read_json(target / "tokenizer_config.json")
+    content, config = read_json(target / "tokenizer.json"), read_json(target / "tokenizer_config.json")
+    if _prepend_always(content.get("pre_tokenizer")):
+        _write(target / "tokenizer.json", content)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("chat_template", None)  # an earlier one would stand beside ours
     config.pop("processor_class", None)
     _write(target / "tokenizer_config.json", {**config, **({"processor_class": processor} if processor else {})})
     (target / CHAT_TEMPLATE).write_text(jinja(template), encoding="utf-8")
+
+
+def _prepend_always(step: dict[str, Any] | None) -> bool:
+    """Change a pre-tokenizer that marks the first piece of a text only; says whether it was one."""
+    if step is None:
+        return False
+    if step.get("type") == "Sequence":
+        return any([_prepend_always(inner) for inner in step["pretokenizers"]])
+    if step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first":
+        step["prepend_scheme"] = "always"
+        return True
+    return False
 
 
 def rows_needed(tokens: int, rows: int) -> int:
@@ -113,4 +133,4 @@ def _quoted(text: str) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
