@@ -47,7 +47,7 @@ def page(**context: Any) -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        tab = browser.new_page(**{"viewport": {"width": 900, "height": 760}, **context})
+        tab = browser.new_page(**{"viewport": {"width": 900, "height": 800}, **context})
         tab.set_default_timeout(15_000)
         tab.errors = []
         tab.on("console", lambda message: tab.errors.append(message.text) if message.type == "error" else None)
@@ -65,7 +65,7 @@ def drop(tab: Any, data: bytes, name: str) -> None:
 
 def picture(url: str, image: Path, questions: Sequence[str], out: Path) -> None:
     """Ask the questions about `image` at a running server, one after the other, and save a screenshot."""
-    with page(device_scale_factor=2, viewport={"width": 760, "height": 900}) as tab:
+    with page(device_scale_factor=2, viewport={"width": 760, "height": 800}) as tab:
         tab.goto(url)
         drop(tab, image.read_bytes(), image.name)
         tab.get_by_role("img", name="Picture 1").wait_for()

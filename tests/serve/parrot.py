@@ -95,8 +95,9 @@ def make_model(backend: Parrot) -> LoadedModel:
 @contextmanager
 def served(backend: Parrot, open_model: Callable[[], LoadedModel] | None = None, **cfg: object) -> Iterator[Server]:
     """A real server on a free port of this machine."""
+    several = bool(cfg.pop("several", False))
     options = {"port": 0, "drain_s": 5.0, "access_log": False, **cfg}
-    server = Server(open_model or (lambda: make_model(backend)), ServeConfig(**options))  # type: ignore[arg-type]
+    server = Server(open_model or (lambda: make_model(backend)), ServeConfig(**options), several=several)  # type: ignore[arg-type]
     thread = threading.Thread(target=server.listen, daemon=True)
     thread.start()
     if open_model is None:

@@ -242,6 +242,14 @@ def test_an_engine_that_breaks(parrot: Parrot) -> None:
         assert later.value.status_code == 503
 
 
+def test_among_several_ranks_a_broken_engine_ends_the_server(parrot: Parrot) -> None:
+    with served(parrot, several=True) as server, connect(server) as client:
+        parrot.failure = RuntimeError("gone")
+        with pytest.raises(openai.APIError):
+            client.chat.completions.create(messages=user("x"), **ASKED)
+        until(lambda: server.should_exit)
+
+
 def test_what_the_engine_cannot_do_is_a_500_of_one_request(parrot: Parrot) -> None:
     parrot.failure = ValueError("4 placeholders for 5 embeddings")
     with served(parrot) as server, connect(server) as client:

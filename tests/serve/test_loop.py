@@ -13,7 +13,8 @@ import pytest
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.engine import Event
 from vlm_nemo.infer.sampling import SamplingParams
-from vlm_nemo.serve.loop import Commands, EngineLoop, Full, Gone, follow
+from vlm_nemo.serve.loop import EngineLoop, Full, Gone
+from vlm_nemo.serve.turns import Commands, follow
 from vlm_nemo.types import UserError
 
 from .parrot import SPEC, Parrot, make_model, until

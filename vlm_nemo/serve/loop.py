@@ -1,10 +1,8 @@
 """The engine's thread: one thread owns the engine; requests come in, events go out.
 
-    HTTP (asyncio)      submit, cancel -> commands        ┐ every turn:  share(commands)
-    engine thread       add, cancel, one step, events     ┘              -> every rank does the same
-
-Under several ranks rank 0 has the server and the others `follow`: before each turn rank 0's commands are shared with
-them, so that every rank's engine gets the same requests in the same order. With one process nothing is shared.
+    asyncio          submit, cancel                                   listeners
+                           |                                              ^
+    engine's thread     commands -> (shared with other ranks) -> turn -> events
 """
 
 from __future__ import annotations
@@ -20,40 +18,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_nemo.infer.engine import Engine, Event, Prompt
+from vlm_nemo.infer.engine import Event
 from vlm_nemo.infer.sampling import SamplingParams
+from vlm_nemo.serve.turns import Commands, Share, Turns, Work, alone
 from vlm_nemo.types import UserError
 
 if TYPE_CHECKING:
     from vlm_nemo.infer.load import LoadedModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One request on its way to the engines. Plain data: it can travel between processes."""
-
-    ticket: int
-    tokens: tuple[int, ...]
-    images: NDArray[np.uint8] | None
-    """[n, 3, S, S]"""
-    image_count: int
-    params: SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class Commands:
-    """What the engines do in one turn."""
-
-    add: tuple[Work, ...] = ()
-    cancel: tuple[int, ...] = ()
-    """Tickets."""
-    stop: bool = False
-
-
-Share = Callable[[Commands], Commands]
-"""Called by every rank before each turn: rank 0 hands in the commands, every rank gets them back."""
 
 Listener = Callable[[Event | None, float], None]
 """Gets each event of a request, and when the turn that made it began (time.monotonic); None = no more will come."""
@@ -72,66 +45,10 @@ class Gone(Exception):
     """The engine takes no requests: loading, stopping or dead. Its text says which."""
 
 
-def alone(commands: Commands) -> Commands:
-    """The `Share` of a single process."""
-    return commands
-
-
 def deliver(deliveries: Sequence[Delivery]) -> None:
     """The `Post` that calls the listeners where it is called."""
     for listener, event, began in deliveries:
         listener(event, began)
-
-
-class Turns:
-    """An engine under tickets: the part that is the same on every rank."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._tickets: dict[int, int] = {}
-
-    def turn(self, commands: Commands) -> list[tuple[int, Event]]:
-        """Take in what is new, let go what is cancelled, one step; the events with their tickets."""
-        for ticket in commands.cancel:
-            for number in [number for number, known in self._tickets.items() if known == ticket]:
-                self.engine.cancel(number)
-                del self._tickets[number]
-        refused = [(work.ticket, event) for work in commands.add if (event := self._add(work)) is not None]
-        events = self.engine.step() if self.engine.running or self.engine.waiting else []
-        return refused + [(self._tickets[e.request], e) for e in events if e.request in self._tickets]
-
-    def forget(self, ticket: int) -> None:
-        """All answers of this request have ended."""
-        self._tickets = {number: known for number, known in self._tickets.items() if known != ticket}
-
-    def _add(self, work: Work) -> Event | None:
-        prompt = Prompt(tokens=work.tokens, images=lambda: work.images, image_count=work.image_count)
-        try:
-            self._tickets[self.engine.add(prompt, work.params)] = work.ticket
-        except UserError as error:
-            return Event(
-                request=-1,
-                index=0,
-                text="",
-                token_ids=(),
-                logprobs=(),
-                finish_reason="error",
-                stop_reason=None,
-                error=str(error),
-            )
-        return None
-
-
-def follow(engine: Engine, share: Share) -> None:
-    """What the ranks other than 0 do until rank 0 stops."""
-    turns, left = Turns(engine), {}
-    while not (commands := share(Commands())).stop:
-        left.update({work.ticket: work.params.n for work in commands.add})
-        for ticket, event in turns.turn(commands):
-            if event.finish_reason is not None:
-                left[ticket] = 0 if event.request < 0 else left[ticket] - 1
-                if not left[ticket]:
-                    turns.forget(ticket)
 
 
 @dataclass(kw_only=True)

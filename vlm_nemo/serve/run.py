@@ -23,7 +23,8 @@ import uvicorn
 from vlm_nemo.serve.app import make_app
 from vlm_nemo.serve.config import ServeConfig
 from vlm_nemo.serve.gate import Gate
-from vlm_nemo.serve.loop import EngineLoop, Share, alone
+from vlm_nemo.serve.loop import EngineLoop
+from vlm_nemo.serve.turns import Share, alone
 from vlm_nemo.types import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from vlm_nemo.config import ServeRoot
 from vlm_nemo.infer import replicas
 from vlm_nemo.infer.load import LoadedModel, open_model
 from vlm_nemo.serve import run
-from vlm_nemo.serve.loop import follow
+from vlm_nemo.serve.turns import follow
 from vlm_nemo.verbs.common import set_up_logging
 
 
