@@ -167,7 +167,7 @@ run_stage() {
         exit 0
     fi
     if [ $code -eq 0 ] && [ -n "$requested" ]; then
-        requeue "stopped at step $(step) with a checkpoint; requeued, to go on from there"
+        requeue "stopped after step $(step); requeued, to go on from there"
     fi
     if [ $code -eq 0 ]; then
         say "the ranks ended at step $(step), before the run's end, and not because of the time limit; not requeued"

@@ -125,7 +125,7 @@ def test_usr2_is_passed_on_until_it_is_heard(job: dict[str, str], when: str) -> 
     process.send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and requeued(job) == 1
-    assert "the time limit is near" in output and "stopped at step 4 with a checkpoint; requeued" in output
+    assert "the time limit is near" in output and "stopped after step 4; requeued" in output
 
 
 def test_term_is_the_end(job: dict[str, str]) -> None:

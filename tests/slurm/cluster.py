@@ -115,7 +115,7 @@ class Cluster:
         if hasattr(self, "_process"):
             self._process.kill()
             self._process.wait()
-            self._wait(lambda: not self._alive(), 30, "the cluster's processes to end")
+            self._wait(lambda: not processes_of(self.work), 30, "the cluster's processes to end")
         shutil.rmtree(self.work, ignore_errors=True)
 
     def run(self, *command: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -143,7 +143,7 @@ class Cluster:
         """What Slurm knows of a job: JobState, ExitCode, Restarts, Reason, NodeList, …"""
         return dict(re.findall(r"([A-Z][\w/:]*)=(\S*)", self.ask("scontrol", "show", "job", "-o", number)))
 
-    def wait(self, number: int, *states: str, timeout: float = 240) -> dict[str, str]:
+    def wait(self, number: int, *states: str, timeout: float = 400) -> dict[str, str]:
         """Wait until a job is in one of the states (any end by default); what Slurm knows of it then."""
         wanted, found = states or ENDED, {}
 
@@ -157,7 +157,7 @@ class Cluster:
         self._wait(there, timeout, f"job {number} to be {' or '.join(wanted)}")
         return found
 
-    def wait_until(self, condition: Callable[[], bool], number: int, timeout: float = 240) -> None:
+    def wait_until(self, condition: Callable[[], bool], number: int, timeout: float = 400) -> None:
         """Wait for something that a job does; fails where the job ends before."""
 
         def there() -> bool:
@@ -193,18 +193,6 @@ class Cluster:
         assert self._process.poll() is None, f"the cluster ended:\n{self.logs()}"
         return len(self.run("sinfo", "-hNt", "idle", "-o", "%n").stdout.split()) == self.nodes
 
-    def _alive(self) -> list[str]:
-        """Processes whose command line names the cluster's folder."""
-        mine = str(self.work).encode()
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if mine in path.read_bytes():
-                    found.append(path.parent.name)
-            except OSError:
-                continue
-        return found
-
     def _write_files(self) -> None:
         self.work.chmod(0o755)  # munged wants to be reachable
         for name in ("etc", "run", "log", "state", "spool", "dev"):
@@ -221,6 +209,18 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         for i in range(GPUS):  # character devices, here of /dev/null: Slurm wants no other kind
             os.mknod(self.work / "dev" / f"nvidia{i}", 0o666 | 0o020000, os.makedev(1, 3))
+
+
+def processes_of(work: Path) -> list[str]:
+    """Processes whose command line or environment names a cluster's folder: daemons and jobs."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(str(work).encode() in (folder / name).read_bytes() for name in ("cmdline", "environ")):
+                found.append(folder.name)
+        except OSError:
+            continue
+    return found
 
 
 def _die_with_parent() -> None:
