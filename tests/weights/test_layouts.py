@@ -15,7 +15,7 @@ from vlm_nemo.model.build import build_model
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint, tensors
-from vlm_nemo.verbs.common import checkpoint_config, model_config
+from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.weights.hf import HFFolder, load_hf_weights
 
 Case = tuple[int, int, bool]

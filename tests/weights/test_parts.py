@@ -15,7 +15,7 @@ from tests.weights.test_round_trip import convert, same, state
 from vlm_nemo import cli
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.train import checkpoint, tensors
-from vlm_nemo.verbs.common import checkpoint_config
+from vlm_nemo.train.origin import checkpoint_config
 from vlm_nemo.weights.hf import HFFolder
 
 

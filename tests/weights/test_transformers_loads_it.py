@@ -23,10 +23,11 @@ from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.vision import spec_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint
-from vlm_nemo.verbs.common import checkpoint_config, model_config, spec_of
+from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.weights.words import export_tokenizer, import_tokenizer
 
 QUESTION = "What colour is the star?"
