@@ -1,8 +1,8 @@
 """The engine's thread: one thread owns the engine; requests come in, events go out.
 
-    asyncio          submit, cancel                                   listeners
-                           |                                              ^
-    engine's thread     commands -> (shared with other ranks) -> turn -> events
+asyncio          submit, cancel                                   listeners
+                       |                                              ^
+engine's thread     commands -> (shared with other ranks) -> turn -> events
 """
 
 from __future__ import annotations
