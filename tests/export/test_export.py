@@ -155,8 +155,8 @@ def test_a_wrong_export_fails_the_command(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["hf={hf}", "checkpoint=x"], "name one of checkpoint=DIR and hf=DIR"),
-        ([], "name one of checkpoint=DIR and hf=DIR"),
+        (["hf={hf}", "checkpoint=x"], "name the model, as one of checkpoint=DIR, hf=DIR"),
+        ([], "name the model, as one of checkpoint=DIR, hf=DIR"),
         (["hf={hf}", "capacity=4096"], "capacity=4096 between 2 and 2048"),
         (["hf={hf}", "slots=0"], "slots=0 must be at least 1"),
         (["hf={hf}", "capacity=3"], "leaves no room for a prompt and an answer"),

@@ -118,7 +118,7 @@ def test_logits_ids_and_pixels_are_ours(tmp_path: Path, variant: str, aspect: st
             [{"role": "user", "content": prompt}], tokenizer, TEMPLATES["vicuna"], [spec.tokens, spec.tokens]
         )
         assert inputs["input_ids"][0].tolist() == tokens
-        images = [decode_image(png(p), spec) for p in pictures]
+        images = [torch.from_numpy(decode_image(png(p), spec)) for p in pictures]
         std = torch.tensor(cfg.vision.std).view(3, 1, 1) * 255
         levels = (inputs["pixel_values"] - normalised(images, cfg)) * std
         assert levels.abs().max() <= within + 1e-3
