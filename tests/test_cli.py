@@ -87,6 +87,11 @@ def test_verb_help_lists_every_option_with_type_default_and_description(
     assert max(map(len, lines)) <= 130
 
 
+def test_a_reader_that_has_seen_enough_is_no_bug() -> None:
+    done = run("bash", "-c", f"{sys.executable} -m vlm_nemo train --help | true; echo ${{PIPESTATUS[0]}}")
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
 def test_help_shows_the_defaults_that_a_verb_starts_with(capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", "--help"])
     text = capsys.readouterr().out

@@ -24,10 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code: 0 done, 1 a bug, 2 something that the user can mend."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         report(error)
         return 2
+    except BrokenPipeError:  # `… | head` has seen enough; what is left must not fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -27,7 +27,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["serve", f"export={given['export']}", f"serve.port={port}"]
+    words = ["serve", f"export={given['export']}", f"serve.port={port}", "serve.access_log=false"]
     server = subprocess.Popen([sys.executable, "-m", "vlm_nemo", *words])
     try:
         wait_until_ready(server, f"http://127.0.0.1:{port}/v1/health/ready")
