@@ -93,6 +93,7 @@ def test_the_pipeline_chains_the_stages(cluster: Cluster, shards: Path, tmp_path
     own = [f"stage{n}:run_dir={tmp_path}/stage{n}" for n in (1, 2, 3)]
     load = [f"stage{n}:checkpoint={tmp_path}/stage{n - 1}/checkpoints" for n in (2, 3)]
     first = ["stage1:checkpoint.load=null", "stage1:checkpoint.reset=[]"]
+    own.append(f"stage3:data.sources.relations.path={shards}/relations")
     said = cluster.ask(
         "launch/pipeline.sh", f"--output={tmp_path}/%j.log", *ONE, "shapes", *common, *own, *load, *first
     )
