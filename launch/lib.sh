@@ -132,6 +132,7 @@ run_stage() {
     export VLM_NEMO_ERRORS=$PWD/$state/errors
     case $state in /*) VLM_NEMO_ERRORS=$state/errors ;; esac
     rm -rf "$VLM_NEMO_ERRORS"
+    [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || rm -f "$state/failures" # what was counted for an earlier submission
     mkdir -p "$VLM_NEMO_ERRORS"
 
     # 3. The ranks

@@ -76,11 +76,8 @@ def _run_verb(verb: Verb, words: list[str], flags: set[str]) -> int:
 
         print(OmegaConf.to_yaml(composed, resolve=True), end="")
         return 0
-    named = [key for key in verb.model if any(o.startswith(f"{key}=") for o in asked.overrides)]
-    if verb.model and len(named) != 1:
-        choices = ", ".join(f"{key.removesuffix('.load')}=DIR" for key in verb.model)
-        raise UserError(f"name the model, as one of {choices}" + (f" (not {', '.join(named)})" if named else ""))
     cfg: Any = config.build(composed, verb.root)
+    _choose_model(verb, cfg, asked.overrides)
     for key in verb.required:
         if _value(cfg, key) in (None, "", {}):
             raise UserError(config.missing(key, verb.root))
@@ -93,6 +90,20 @@ def _run_verb(verb: Verb, words: list[str], flags: set[str]) -> int:
     return 0
 
 
+def _choose_model(verb: Verb, cfg: Any, overrides: Sequence[str]) -> None:
+    """Of the keys that may name the model, the command line has to name one; a recipe's others give way to it."""
+    given = {override.partition("=")[0] for override in overrides}
+    named = [key for key in verb.model if key in given and _value(cfg, key) not in (None, "", [])]
+    if verb.model and len(named) != 1:
+        choices = ", ".join(f"{key.removesuffix('.load')}=DIR" for key in verb.model)
+        raise UserError(f"name the model, as one of {choices}" + (f" (not {', '.join(named)})" if named else ""))
+    for key in verb.model:
+        if key not in named:
+            *path, last = key.split(".")
+            holder = _value(cfg, ".".join(path)) if path else cfg
+            setattr(holder, last, [] if isinstance(getattr(holder, last), list) else None)
+
+
 def check_ranks(verb: Verb, cfg: Any, *, world_size: int) -> None:
     """The layout against the number of processes, as far as it can be known before a checkpoint is opened."""
     from vlm_nemo.runtime.layout import check_layout
@@ -100,6 +111,8 @@ def check_ranks(verb: Verb, cfg: Any, *, world_size: int) -> None:
     if not verb.ranks and world_size > 1:
         more = "; its option `workers` makes it use more" if hasattr(cfg, "workers") else "; start it by itself"
         raise UserError(f"{verb.name} runs in one process, not {world_size}{more}")
+    if world_size > 1 and any(key.endswith("export") and _value(cfg, key) for key in verb.model):
+        raise UserError(f"an export runs in one process, not {world_size}; checkpoint=DIR and hf=DIR run in several")
     if verb.name == "train":
         check_layout(
             cfg.parallel,

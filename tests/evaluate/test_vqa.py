@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from vlm_nemo.evaluate import vqa
 from vlm_nemo.evaluate.gallery import choose
 from vlm_nemo.evaluate.vqa import Answered, Question, matches, score, swap_images
+from vlm_nemo.infer import replicas
+from vlm_nemo.infer.engine import Answer, RequestOutput
+from vlm_nemo.types import UserError
 
 
 def question(kind: str, truth: str, *images: bytes) -> Question:
@@ -49,3 +57,26 @@ def test_the_gallery_shows_every_kind_in_turn(count: int) -> None:
     shown = choose(records, count)
     assert len(shown) == min(count, 7)
     assert [r.question.kind for r in shown[:3]] == ["a", "b", "c"][: min(count, 3)]
+
+
+def test_questions_without_an_answer_are_not_silently_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answered(failed: int, of: int) -> None:
+        def generate(model: Any, prompts: Any, params: Any, progress: Any) -> list[RequestOutput]:
+            bad = Answer(
+                text="", token_ids=[], logprobs=None, finish_reason="error", stop_reason=None, error="no pixels"
+            )
+            good = replace(bad, text=" red", finish_reason="stop", error=None)
+            return [RequestOutput(prompt_token_ids=[1], outputs=[bad if i < failed else good]) for i in range(of)]
+
+        monkeypatch.setattr(replicas, "generate", generate)
+        monkeypatch.setattr(vqa, "encode_prompt", lambda *args: [1])
+        model: Any = SimpleNamespace(ranks=None, tokenizer=None, template=None, spec=SimpleNamespace(tokens=4))
+        answers = vqa.answer_all([question("colour", "red")] * of, model, 4)
+        assert answers == [""] * failed + ["red"] * (of - failed)
+
+    answered(1, 100)
+    assert "1 of 100 questions have no answer, the first because of: no pixels; they count as wrong" in caplog.text
+    with pytest.raises(UserError, match="2 of 100 questions have no answer"):
+        answered(2, 100)

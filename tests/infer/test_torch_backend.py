@@ -18,6 +18,7 @@ from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.types import UserError
 
 PROMPTS = [(1, 9, 1), (2, 17, 2), (3, 5, 0), (4, 30, 1)]
 """seed, tokens, images"""
@@ -99,6 +100,35 @@ def test_counts_must_agree_in_every_row(chunk: VLM) -> None:
     rows = [Row(slot=0, start=0, tokens=tokens), Row(slot=1, start=0, tokens=other, images=images)]
     with pytest.raises(ValueError, match="the row has 4 image placeholders but 0 images of 4 embeddings"):
         backend_of(chunk).run(rows)
+
+
+def test_the_cache_grows_with_what_it_holds(chunk: VLM) -> None:
+    backend = backend_of(chunk)
+    tokens, images = prompt(*PROMPTS[0])
+
+    def held() -> set[tuple[int, ...]]:
+        return {tuple(x.shape[:2]) for pair in backend._cache._layers.values() for x in pair}
+
+    backend.run([Row(slot=0, start=0, tokens=tokens, images=images)])
+    assert held() == {(1, len(tokens))}
+    backend.run([Row(slot=0, start=len(tokens), tokens=[11])])
+    assert held() == {(1, 2 * len(tokens))}
+    backend.run([Row(slot=5, start=0, tokens=tokens, images=images)])
+    (logits,) = backend.run([Row(slot=0, start=len(tokens) + 1, tokens=[12])])
+    np.testing.assert_allclose(logits, without_cache(chunk, [*tokens, 11, 12], images), atol=1e-5)
+    whole = backend_of(chunk)
+    whole.reserve()
+    assert {tuple(x.shape[:2]) for pair in whole._cache._layers.values() for x in pair} == {(6, 64)}
+
+
+def test_a_cache_that_does_not_fit_says_what_to_lower(chunk: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*shape: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backend = backend_of(chunk)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
+    with pytest.raises(UserError, match="infer.slots=6 sequences of 64 tokens .* lower infer.slots or infer.context"):
+        backend.reserve()
 
 
 def on_ranks(layout: dict[str, int]) -> list[list[float]]:

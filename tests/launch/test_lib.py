@@ -147,6 +147,9 @@ def test_failures_are_tried_again_while_checkpoints_come(job: dict[str, str]) ->
         done = stage(job, f"progress({step}); sys.exit(9)", VLM_NEMO_MAX_RESTARTS="2", SLURM_RESTART_COUNT=f"{restart}")
         assert done.returncode == code, done.stdout
     assert requeued(job) == 4 and "failed with exit code 9; failure number 3 at step 7, so not requeued" in done.stdout
+    # Mended and submitted again: what was counted then does not count now
+    again = stage(job, "progress(7); sys.exit(9)", VLM_NEMO_MAX_RESTARTS="2", SLURM_RESTART_COUNT="0")
+    assert again.returncode == 0 and "failure number 1 there; requeued" in again.stdout
 
 
 def test_no_checkpoint_at_all(job: dict[str, str]) -> None:

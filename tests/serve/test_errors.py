@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from vlm_nemo.serve import prompt
 from vlm_nemo.serve.run import Server
 
 from .parrot import CAPACITY, Parrot, data_uri, http, image_part, png, served, user
@@ -170,6 +171,15 @@ def test_the_context_is_counted_with_the_images(server: Server) -> None:
     )
     assert error["param"] == "max_tokens"
     assert refusal(server, {"messages": user("word " * 2000)})["param"] == "input_tokens"
+
+
+def test_megabytes_of_text_are_refused_before_they_are_tokenised(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MB took seconds of a decoding thread, in which others waited."""
+    monkeypatch.setattr(prompt, "encode_prompt", lambda *args: 1 / 0)
+    error = refusal(server, {"messages": user("word " * 800_000)})
+    assert error["param"] == "input_tokens" and "have 4000000 bytes of text" in error["message"]
 
 
 def test_user_text_never_becomes_a_special_token(parrot: Parrot) -> None:

@@ -31,6 +31,8 @@ class Tokenizer:
     image_id: int
     vocab_size: int
     """Highest id + 1, added tokens included: the embedding needs at least this many rows."""
+    longest_token: int
+    """Bytes; no token of a text stands for more."""
     special_ids: frozenset[int]
     """Every added token: `encode` never yields one, `decode` skips them."""
 
@@ -73,7 +75,9 @@ class Tokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in self._fast.get_added_tokens_decoder().items() if token.special
         )
-        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._fast.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.longest_token = max(len(token.encode()) for token in vocabulary)
         self._control = frozenset((self.bos_id, self.eos_id, self.image_id))
         # SentencePiece-style files put a space before whatever they are given ("a" and " a" differ by one token more).
         self._prepends_space = self._fast.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -18,6 +19,11 @@ from vlm_nemo.infer.engine import Prompt
 from vlm_nemo.infer.load import LoadedModel
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.types import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED = 0.01
+"""Share of questions that may go without an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +126,7 @@ def answer_all(
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's greedy answer to every question."""
+    """The model's greedy answer to every question. Raises UserError where too many have none (broken images, NaN)."""
     prompts = []
     for question in questions:
         places = [model.spec.tokens] * len(question.images)
@@ -128,7 +134,14 @@ def answer_all(
         images = partial(decode_images, question.images, model.spec)
         prompts.append(Prompt(tokens=tokens, images=images, image_count=len(question.images)))
     params = SamplingParams(max_tokens=max_new_tokens)
-    return [output.outputs[0].text.strip() for output in replicas.generate(model, prompts, params, progress)]
+    answers = [output.outputs[0] for output in replicas.generate(model, prompts, params, progress)]
+    if failed := [answer for answer in answers if answer.finish_reason == "error"]:
+        line = f"{len(failed)} of {len(answers)} questions have no answer, the first because of: {failed[0].error}"
+        if len(failed) > MAX_FAILED * len(answers):
+            raise UserError(line)
+        if model.ranks is None or model.ranks.main:
+            log.warning("%s; they count as wrong", line)
+    return [answer.text.strip() for answer in answers]
 
 
 def score(questions: Sequence[Question], answers: Sequence[str], swapped: Sequence[tuple[Question, str]]) -> Scores:

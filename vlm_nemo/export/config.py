@@ -20,8 +20,9 @@ class ExportConfig:
     """Folder to write; new or empty."""
     hf: str | None = None
     """A LLaVA-1.5 folder of Hugging Face to export instead of a checkpoint."""
-    precision: str = field(default="bf16", metadata={"choices": PRECISIONS})
-    """Type of weights, activations and cache. ONNX Runtime on a CPU runs fp32 and fp16, not bf16."""
+    precision: str = field(default="auto", metadata={"choices": ("auto", *PRECISIONS)})
+    """Type of weights, activations and cache; auto = bf16 with an engine, fp32 without one: ONNX Runtime on a CPU runs
+    fp32 and fp16, not bf16."""
     engine: str = field(default="none", metadata={"choices": ENGINES})
     """Compile the graphs too: tensorrt on the GPU that it is for; tensorrt_rtx for all of engine_sm, without a GPU."""
     engine_sm: list[int] = field(default_factory=list)

@@ -6,6 +6,7 @@ torch and megatron-core are imported only for the first two: a server of exporte
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,10 +63,12 @@ def open_model(
     infer: InferConfig | None = None,
     parallel: ParallelConfig | None = None,
     precision: str = "auto",
+    reserve: bool = False,
 ) -> LoadedModel:
     """Open what exactly one of checkpoint, hf and export names; every rank of the job calls it alike.
 
-    precision: fp32 | bf16 | auto, as it was trained or exported.
+    precision: fp32 | bf16 | auto, as it was trained or exported. reserve: take the memory of the whole cache now; it
+    grows with its use otherwise.
     Raises UserError for none or several sources, a damaged or unknown folder, a layout that does not fit.
     """
     given = {"checkpoint": checkpoint, "hf": hf, "export": export}
@@ -75,13 +78,29 @@ def open_model(
             f"name exactly one model: checkpoint=DIR, hf=DIR or export=DIR (got {', '.join(named) or 'none'})"
         )
     infer = infer or InferConfig()
-    if export:
-        return _open_bundle(export, infer)
+    ((form, path),) = ((key, value) for key, value in given.items() if value)
+    if (found := form_of(path)) not in (None, form):
+        raise UserError(f"{form}={path} holds {FORMS[found]}: write {found}={path}")
+    if form == "export":
+        return _open_bundle(path, infer, precision)
     layout = inference_layout(parallel or ParallelConfig())
-    if hf:
-        return _open_hf(hf, infer, layout, precision)
-    assert checkpoint is not None
-    return _open_checkpoint(checkpoint, infer, layout, precision)
+    model = (_open_hf if form == "hf" else _open_checkpoint)(path, infer, layout, precision)
+    if reserve:
+        model.engine.backend.reserve()  # type: ignore[attr-defined]  # both are TorchBackends
+    return model
+
+
+FORMS = {"checkpoint": "a checkpoint", "hf": "a model in Hugging Face's files", "export": "an export"}
+
+
+def form_of(path: str | Path) -> str | None:
+    """checkpoint | hf | export, by the files of the folder; None for any other folder."""
+    folder = Path(path)
+    if (folder / "manifest.json").is_file() and (folder / "llm").is_dir():
+        return "export"
+    if (folder / "state.json").is_file() or (folder / "latest").is_file() or (folder / "checkpoints").is_dir():
+        return "checkpoint"
+    return "hf" if (folder / "config.json").is_file() else None
 
 
 def inference_layout(parallel: ParallelConfig) -> ParallelConfig:
@@ -121,7 +140,10 @@ def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision:
     folder = HFFolder(path)
     if folder.family != "llava":
         raise UserError(f"hf={path} holds a {folder.architecture}, which answers no questions about images alone")
-    stored = "fp32" if folder.dtype(folder.names()[0]) == "float32" else "bf16"
+    dtype = folder.dtype(folder.names()[0])
+    stored = "fp32" if dtype == "float32" else "bf16"
+    if dtype == "float16" and precision == "auto":
+        log.warning("%s holds float16, which runs in bf16 here; precision=fp32 keeps every digit", path)
     with device.adapter():
         ranks = groups.start(parallel, seed=0)
         return _with_torch(
@@ -153,8 +175,10 @@ def _with_torch(
     from vlm_nemo.model.build import build_model
     from vlm_nemo.model.vision import spec_of
     from vlm_nemo.runtime.layout import check_layout
+    from vlm_nemo.train.origin import check_vocabulary
 
     check_layout(parallel, cfg, world_size=ranks.world)
+    check_vocabulary(tokenizer, cfg)
     chunks = build_model(cfg, parallel, precision, 0, fresh=())
     load(chunks)
     capacity = min(infer.context or cfg.language.max_positions, cfg.language.max_positions)
@@ -170,10 +194,16 @@ def _with_torch(
     )
 
 
-def _open_bundle(path: str, infer: InferConfig) -> LoadedModel:
+def _open_bundle(path: str, infer: InferConfig, precision: str) -> LoadedModel:
     from vlm_nemo.infer.bundle import open_bundle
 
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"an export runs in one process, not {world}; checkpoint=DIR and hf=DIR run in several")
     bundle = open_bundle(path)
+    if precision not in ("auto", bundle.precision):
+        raise UserError(
+            f"export={path} is {bundle.precision}, not precision={precision}; export again, or leave it out"
+        )
     tokenizer = Tokenizer(path)
     runtime, backend = _runtime(bundle, infer)
     return LoadedModel(
@@ -189,17 +219,18 @@ def _open_bundle(path: str, infer: InferConfig) -> LoadedModel:
 def _runtime(bundle: Bundle, infer: InferConfig) -> tuple[str, Backend]:
     """What runs the bundle, by name: what was asked for, else an engine that fits this machine's GPU, else ONNX
     Runtime."""
-    from vlm_nemo.infer.onnx_backend import OnnxBackend
+    from vlm_nemo.infer.onnx_backend import OnnxBackend, has_cuda
     from vlm_nemo.infer.tensorrt_backend import TensorRTBackend
 
+    slots = min(infer.slots, bundle.slots)
     if infer.runtime not in ("auto", "onnxruntime"):
-        return infer.runtime, TensorRTBackend(bundle, infer.runtime)
+        return infer.runtime, TensorRTBackend(bundle, infer.runtime, slots=slots)
     for compiler in sorted({engines.backend for engines in bundle.engines()}) if infer.runtime == "auto" else ():
         try:
-            return compiler, TensorRTBackend(bundle, compiler)
-        except UserError as why:
+            return compiler, TensorRTBackend(bundle, compiler, slots=slots)
+        except (UserError, RuntimeError) as why:
             log.warning("%s; ONNX Runtime answers instead", why)
-    return "onnxruntime", OnnxBackend(bundle, slots=infer.slots)
+    return "onnxruntime", OnnxBackend(bundle, slots=slots, device="cuda" if has_cuda() else "cpu")
 
 
 def _engine(

@@ -19,6 +19,15 @@ _IMAGE_BATCH = 8
 """Images at once: bounds the memory of many."""
 
 
+def has_cuda() -> bool:
+    """Whether this ONNX Runtime is the CUDA build and finds a GPU."""
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
 class OnnxBackend(StaticCacheBackend):
     """The graphs of a bundle in ONNX Runtime, the cache written in place: no step copies it."""
 

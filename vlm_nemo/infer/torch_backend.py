@@ -20,6 +20,7 @@ from vlm_nemo.model.vision import output_tokens
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
+from vlm_nemo.types import UserError
 
 
 class TorchBackend:
@@ -31,6 +32,17 @@ class TorchBackend:
         self.slots, self.capacity = slots, capacity
         self._chunk, self._cfg, self._ranks, self._image_token = chunk.eval(), cfg, ranks, image_token
         self._cache = KVCache(slots, capacity)
+
+    def reserve(self) -> None:
+        """Take the memory of the whole cache now, with a first step. Raises UserError where it does not fit."""
+        self._cache.reserve()
+        try:
+            self.run([Row(slot=0, start=0, tokens=(0 if self._image_token else 1,))])
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the memory of this device does not hold infer.slots={self.slots} sequences of {self.capacity} tokens "
+                "beside the model; lower infer.slots or infer.context"
+            ) from None
 
     def run(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """See Backend.run."""

@@ -23,21 +23,42 @@ from vlm_nemo.model.segments import Segments, make_segments
 
 
 class KVCache:
-    """Keys and values of `slots` sequences of up to `capacity` tokens, for the layers and heads of this rank.
+    """Keys and values of up to `slots` sequences of up to `capacity` tokens, for the layers and heads of this rank.
 
-    A layer's tensors are made when it is first used: [slots, capacity, kv_heads, d] each.
+    A layer's tensors, [slots, capacity, kv_heads, d] each, are made when it is first used and grow with what they
+    hold: one question to a model of 4096 positions must not take the memory of sixteen full conversations.
+    `reserve` makes them whole from the first: a server shall find out at its start whether they fit.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._held = (0, 0)
+
+    def reserve(self) -> None:
+        """From now on every layer has room for all slots and all tokens."""
+        self._held = (self.slots, self.capacity)
+
+    def make_room(self, slots: int, tokens: int) -> None:
+        """Before a step whose highest slot is slots - 1 and whose longest sequence has `tokens`."""
+        assert slots <= self.slots and tokens <= self.capacity, f"{slots} slots of {tokens} tokens"
+        had, long = self._held
+        # Twice as much at a time, so that growing costs less than what it makes room for
+        slots = had if slots <= had else min(self.slots, max(slots, 2 * had))
+        tokens = long if tokens <= long else min(self.capacity, max(tokens, 2 * long))
+        self._held = (slots, tokens)
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put tokens [T, kv_heads, d] where they belong; the whole layer's keys and values."""
-        if layer not in self._layers:
-            shape = (self.slots, self.capacity, *k.shape[1:])
+        shape = (*self._held, *k.shape[1:])
+        there = self._layers.get(layer)
+        if there is None or there[0].shape != shape:
             # Zeros, not empty memory: what is masked is still multiplied by zero, and zero times NaN is NaN
-            self._layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+            grown = (k.new_zeros(shape), v.new_zeros(shape))
+            if there is not None:
+                for new, old in zip(grown, there, strict=True):
+                    new[: old.shape[0], : old.shape[1]] = old
+            self._layers[layer] = grown
         keys, values = self._layers[layer]
         keys[slots, positions] = k
         values[slots, positions] = v
@@ -79,6 +100,7 @@ def cached_step(cache: KVCache, rows: list[tuple[int, int, int]], device: torch.
     fresh = [n for _, start, n in rows if start == 0]
     going = [row for row in rows if row[1] > 0]
     assert [row[1] for row in rows[: len(fresh)]] == [0] * len(fresh), "prompts come first"
+    cache.make_room(1 + max(slot for slot, _, _ in rows), max(start + n for _, start, n in rows))
     slots = torch.cat([torch.full((n,), slot) for slot, _, n in rows])
     positions = torch.cat([torch.arange(start, start + n) for _, start, n in rows])
     ends = torch.tensor([n for _, _, n in rows]).cumsum(0)

@@ -50,6 +50,14 @@ def prepare(request: ChatRequest, model: LoadedModel, name: str, cfg: ServeConfi
     if request.model is not None and request.model != name:
         raise not_found(f"The model `{request.model[:100]}` does not exist; this server has `{name}`.", "model")
     messages, files = read_messages(request.messages, cfg)
+    context = model.engine.backend.capacity
+    # Before it is tokenised, which takes seconds for megabytes: no token stands for more bytes than the longest does
+    if (size := sum(len(m["content"].encode()) for m in messages)) > context * model.tokenizer.longest_token:
+        raise bad_request(
+            f"This model's maximum context length is {context} tokens. However, your messages have {size} bytes of "
+            "text, which are more tokens than that. Please reduce the length of the messages.",
+            "input_tokens",
+        )
     try:
         tokens = encode_prompt(messages, model.tokenizer, model.template, [model.spec.tokens] * len(files))
     except SampleError as error:
@@ -57,7 +65,7 @@ def prepare(request: ChatRequest, model: LoadedModel, name: str, cfg: ServeConfi
     params = schema.sampling(
         request,
         prompt_tokens=len(tokens),
-        context=model.engine.backend.capacity,
+        context=context,
         choices=cfg.max_choices,
         logprobs=cfg.max_logprobs,
     )

@@ -1,10 +1,14 @@
-"""What a checkpoint says of its model: sizes, template, precision. Plain data: nothing in it is ever instantiated."""
+"""What a checkpoint says of its model: sizes, template, precision; whether they fit the tokenizer.
+
+Plain data: nothing in it is ever instantiated.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.types import UserError
 
@@ -35,3 +39,12 @@ def model_config(saved: dict[str, Any]) -> ModelConfig:
         raise UserError(f"the checkpoint's model configuration does not fit this version: {error}") from None
     assert isinstance(built, ModelConfig)
     return built
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raises UserError where the tokenizer has ids that the embedding has no row for."""
+    if tokenizer.vocab_size > model.language.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but model.language.vocab_size is "
+            f"{model.language.vocab_size}; raise it to a multiple of 64 of at least {tokenizer.vocab_size}"
+        )

@@ -24,14 +24,13 @@ def evaluate(cfg: Config) -> None:
     """Evaluate `checkpoint.load` (or evaluate.hf, evaluate.export) on `evaluate.data`, under the layout that the
     configuration says."""
     set_up_logging(int(os.environ.get("RANK", "0")))
-    other = cfg.evaluate.hf or cfg.evaluate.export
     model = open_model(
-        checkpoint=None if other else cfg.checkpoint.load,
+        checkpoint=cfg.checkpoint.load,
         hf=cfg.evaluate.hf,
         export=cfg.evaluate.export,
         infer=InferConfig(slots=cfg.evaluate.slots),
         parallel=cfg.parallel,
-        precision=cfg.precision,
+        precision="auto" if cfg.evaluate.export else cfg.precision,  # an export has its own
     )
     main = model.ranks is None or model.ranks.main
     with Progress(console=Console(stderr=True), disable=not (main and sys.stderr.isatty())) as bar:

@@ -21,9 +21,9 @@ from vlm_nemo.options import did_you_mean
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint
-from vlm_nemo.train.origin import checkpoint_config, model_config
+from vlm_nemo.train.origin import check_vocabulary, checkpoint_config, model_config
 from vlm_nemo.types import UserError
-from vlm_nemo.verbs.common import check_vocabulary, set_up_logging
+from vlm_nemo.verbs.common import set_up_logging
 from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
 from vlm_nemo.weights.llava_config import check_exportable, hf_config_of, model_config_of
 from vlm_nemo.weights.preprocessing import preprocessor_config
@@ -35,16 +35,19 @@ def export(cfg: ExportConfig) -> None:
     """Write the export; prints what it does, the parity figures and what it wrote."""
     if cfg.engine == "none" and cfg.engine_sm:
         raise UserError(f"engine_sm={cfg.engine_sm} is for engine=tensorrt_rtx; engine=none compiles nothing")
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "fp32" if cfg.engine == "none" else "bf16"
     with ExitStack() as opened:
         opened.enter_context(device.adapter())
         groups.start(ParallelConfig(), seed=0)
         opened.callback(groups.stop)
         set_up_logging(0)
-        source = _from_hf(cfg, opened) if cfg.hf else _from_checkpoint(cfg)
+        source = _from_hf(cfg, precision, opened) if cfg.hf else _from_checkpoint(cfg, precision)
         check_vocabulary(source.tokenizer, source.cfg)
         wish = Wish(
             out=Path(cfg.out),
-            precision=cfg.precision,
+            precision=precision,
             engine=cfg.engine,
             engine_sm=cfg.engine_sm,
             slots=cfg.slots,
@@ -71,7 +74,7 @@ def _summary(out: str, manifest: dict[str, Any]) -> str:
     )
 
 
-def _from_checkpoint(cfg: ExportConfig) -> Source:
+def _from_checkpoint(cfg: ExportConfig, precision: str) -> Source:
     assert cfg.checkpoint.load is not None
     folder = checkpoint.find(cfg.checkpoint.load)
     checkpoint.check(folder, None, ("weights/", "tokenizer/", "config.yaml"))
@@ -84,7 +87,7 @@ def _from_checkpoint(cfg: ExportConfig) -> Source:
         checkpoint.load_weights(folder, chunks)
 
     def write_words(out: Path) -> None:
-        _write_words(out, model, tokenizer, template, cfg.precision)
+        _write_words(out, model, tokenizer, template, precision)
 
     return Source(
         name=str(folder),
@@ -97,7 +100,7 @@ def _from_checkpoint(cfg: ExportConfig) -> Source:
     )
 
 
-def _from_hf(cfg: ExportConfig, opened: ExitStack) -> Source:
+def _from_hf(cfg: ExportConfig, precision: str, opened: ExitStack) -> Source:
     assert cfg.hf is not None
     folder = HFFolder(cfg.hf)
     if folder.parts != PARTS:
@@ -118,7 +121,7 @@ def _from_hf(cfg: ExportConfig, opened: ExitStack) -> Source:
         load_hf_weights(folder, chunks)
 
     def write_words(out: Path) -> None:
-        _write_words(out, model, tokenizer, template, cfg.precision)
+        _write_words(out, model, tokenizer, template, precision)
 
     return Source(
         name=str(folder.path),

@@ -43,16 +43,20 @@ def generate(cfg: GenerateRoot) -> None:
     tokens = encode_prompt(messages, model.tokenizer, model.template, [model.spec.tokens] * len(images))
     pictures = partial(decode_images, images, model.spec)
     asked = Prompt(tokens=tokens, images=pictures, image_count=len(images))
-    (output,) = replicas.generate(model, [asked], sampling_of(cfg.infer))
+    room = max(1, model.engine.backend.capacity - len(tokens))
+    (output,) = replicas.generate(model, [asked], sampling_of(cfg.infer, room))
+    (answer,) = output.outputs
+    if answer.finish_reason == "error":
+        raise UserError(f"no answer: {answer.error}")
     if model.ranks is None or model.ranks.main:
-        print(output.outputs[0].text.strip())
+        print(answer.text.strip())
     model.close()
 
 
-def sampling_of(cfg: InferConfig) -> SamplingParams:
-    """What the command line asks of one answer."""
+def sampling_of(cfg: InferConfig, room: int) -> SamplingParams:
+    """What the command line asks of one answer; room: tokens that the prompt leaves."""
     return SamplingParams(
-        max_tokens=cfg.max_new_tokens,
+        max_tokens=min(cfg.max_new_tokens, room),
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         top_k=cfg.top_k,

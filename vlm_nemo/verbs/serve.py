@@ -26,6 +26,7 @@ def serve(cfg: ServeRoot) -> None:
             infer=cfg.infer,
             parallel=cfg.parallel,
             precision=cfg.precision,
+            reserve=True,
         )
 
     if rank == 0:

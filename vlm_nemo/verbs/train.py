@@ -23,10 +23,11 @@ from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim, tensors
 from vlm_nemo.train.metrics import MetricsWriter
+from vlm_nemo.train.origin import check_vocabulary
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
-from vlm_nemo.verbs.common import check_vocabulary, set_up_logging
+from vlm_nemo.verbs.common import set_up_logging
 
 
 def train(cfg: Config) -> None:
