@@ -63,26 +63,6 @@ def test_each_source_is_walked_without_gaps() -> None:
         assert [(p.epoch, p.record) for p in own] == [divmod(i, n) for i in range(len(own))]
 
 
-def test_a_source_that_comes_later() -> None:
-    """Nothing of it before its position, its share afterwards, and no source loses or repeats a record."""
-    weights, after = {"a": 2.0, "b": 1.0, "c": 3.0}, {"b": 100, "c": 5001}
-    mixture = Mixture({"a": 50, "b": 7, "c": 11}, weights, seed=0, shuffle=False, after=after)
-    places = [mixture[i] for i in range(5001 + 2 * BLOCK)]
-    first = {name: next(i for i, p in enumerate(places) if p.source == name) for name in weights}
-    assert first["a"] == 0 and 100 <= first["b"] <= 102 and 5001 <= first["c"] <= 5003
-    late = Counter(p.source for p in places[5001:])
-    assert [round(late[name] / BLOCK, 2) for name in "abc"] == [0.67, 0.33, 1.0]
-    for name, n in (("a", 50), ("b", 7), ("c", 11)):
-        own = [place for place in places if place.source == name]
-        assert [(p.epoch, p.record) for p in own] == [divmod(i, n) for i in range(len(own))]
-    plain = Mixture({"a": 50}, {"a": 2.0}, seed=0, shuffle=False)
-    assert [plain[i] for i in range(100)] == places[:100]
-    with pytest.raises(UserError, match=r"one has to come first"):
-        Mixture({"a": 50}, {"a": 2.0}, seed=0, shuffle=False, after={"a": 1})
-    with pytest.raises(UserError, match=r"sources\.a\.after=-1"):
-        Mixture({"a": 50}, {"a": 2.0}, seed=0, shuffle=False, after={"a": -1})
-
-
 def test_weight_zero_leaves_a_source_out_and_nonsense_is_refused() -> None:
     mixture = Mixture({"a": 5, "b": 3}, {"a": 0.0, "b": 1.0}, seed=0, shuffle=True)
     assert {mixture[i].source for i in range(50)} == {"b"}

@@ -15,8 +15,6 @@ class SourceConfig:
     """The folder."""
     weight: float = 1.0
     """Share of the samples drawn, relative to the other sources; 0 leaves the source out."""
-    after: int = 0
-    """Samples, of all sources together, that come before this one takes part: easy things first, hard ones later."""
 
 
 @dataclass(kw_only=True)

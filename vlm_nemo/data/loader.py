@@ -92,12 +92,11 @@ class Loader:
             for name, source in cfg.sources.items()
             if source.weight > 0
         }
-        after = {name: cfg.sources[name].after for name in folders}
         records = {name: len(folder) for name, folder in folders.items()}
         order = {
             "seed": seed,
             "shuffle": cfg.shuffle,
-            "sources": {name: [n, weights[name], after[name]] for name, n in records.items()},
+            "sources": {name: [n, weights[name]] for name, n in records.items()},
         }
         self._cfg = cfg
         self._spec = spec
@@ -106,7 +105,7 @@ class Loader:
         self._folders = folders
         self._planner = Planner(
             folders,
-            Mixture(records, weights, seed=seed, shuffle=cfg.shuffle, after=after),
+            Mixture(records, weights, seed=seed, shuffle=cfg.shuffle),
             tokenizer,
             TEMPLATES[cfg.template],
             spec,

@@ -31,73 +31,28 @@ class Place(NamedTuple):
 class Mixture:
     """The order of samples over several sources."""
 
-    def __init__(
-        self,
-        records: Mapping[str, int],
-        weights: Mapping[str, float],
-        *,
-        seed: int,
-        shuffle: bool,
-        after: Mapping[str, int] | None = None,
-    ) -> None:
-        """records: how many each source holds; weights: share of each, 0 leaves it out; after: positions that pass
-        before a source takes part (0). Raises UserError."""
+    def __init__(self, records: Mapping[str, int], weights: Mapping[str, float], *, seed: int, shuffle: bool) -> None:
+        """records: how many each source holds; weights: share of each, 0 leaves it out. Raises UserError."""
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise UserError(f"data.sources.{name}.weight={weight} must be a number of at least 0")
         self._names = [name for name in records if weights[name] > 0]
         if not self._names:
             raise UserError("data.sources has no source with a weight above 0; add data.sources.NAME.path=DIR")
-        starts = [(after or {}).get(name, 0) for name in self._names]
-        for name, start in zip(self._names, starts, strict=True):
-            if start < 0:
-                raise UserError(f"data.sources.{name}.after={start} must be at least 0")
-        if min(starts) > 0:
-            raise UserError("every source of data.sources has after above 0; one has to come first")
         self._records = [records[name] for name in self._names]
         self._seed = seed
         self._shuffle = shuffle
-        self._phases: list[_Phase] = []
-        drawn = [0] * len(self._names)
-        for start in sorted(set(starts)):
-            if self._phases:
-                drawn = [self._phases[-1].drawn(source, start) for source in range(len(self._names))]
-            shares = [weights[name] if first <= start else 0.0 for name, first in zip(self._names, starts, strict=True)]
-            self._phases.append(_Phase(start, shares, drawn))
+        self._turns, self._before, self._per_block = _schedule([weights[name] for name in self._names])
 
     def __getitem__(self, position: int) -> Place:
-        phase = next(phase for phase in reversed(self._phases) if phase.start <= position)
-        source, nth = phase.turn(position)
+        block, slot = divmod(position, len(self._turns))
+        source = self._turns[slot]
+        nth = block * self._per_block[source] + self._before[slot]
         epoch, index = divmod(nth, self._records[source])
         name = self._names[source]
         if self._shuffle:
             index = permute(index, self._records[source], _round_keys(self._seed, name, epoch))
         return Place(name, epoch, index)
-
-
-class _Phase:
-    """Positions from `start` on, while the same sources take turns. Those without a share do not."""
-
-    def __init__(self, start: int, shares: list[float], drawn: list[int]) -> None:
-        self.start = start
-        self._drawn = drawn
-        self._taking = [source for source, share in enumerate(shares) if share > 0]
-        self._turns, self._before, self._per_block = _schedule([shares[source] for source in self._taking])
-
-    def turn(self, position: int) -> tuple[int, int]:
-        """Whose turn it is, and how many that source had before, over all phases."""
-        block, slot = divmod(position - self.start, len(self._turns))
-        turn = self._turns[slot]
-        source = self._taking[turn]
-        return source, self._drawn[source] + block * self._per_block[turn] + self._before[slot]
-
-    def drawn(self, source: int, position: int) -> int:
-        """How many samples of any source come before this position."""
-        if source not in self._taking:
-            return self._drawn[source]
-        block, slot = divmod(position - self.start, len(self._turns))
-        turn = self._taking.index(source)
-        return self._drawn[source] + block * self._per_block[turn] + self._turns[:slot].count(turn)
 
 
 def _schedule(weights: list[float]) -> tuple[list[int], list[int], list[int]]:
