@@ -56,7 +56,7 @@ def test_bf16_graphs_run_in_onnx_s_own_evaluator(llava_twin: tuple[Path, Any], t
     import ml_dtypes
 
     out = tmp_path / "out"
-    export(f"hf={llava_twin[0]}", f"out={out}", f"capacity={CAPACITY}")
+    export(f"hf={llava_twin[0]}", f"out={out}", "precision=bf16", f"capacity={CAPACITY}")
     bundle = open_bundle(out)
     (tokens, images), theirs = prompts()[1], TransformersReference(llava_twin[1])
     assert images is not None
@@ -162,7 +162,7 @@ def test_a_wrong_export_fails_the_command(
         (["hf={hf}", "capacity=3"], "leaves no room for a prompt and an answer"),
         (["hf={hf}", "engine=tensorrt"], "engine=tensorrt: the package tensorrt does not import"),
         (["hf={hf}", "engine_sm=[89]"], "engine=none compiles nothing"),
-        (["hf={hf}", "precision=int8"], "precision must be one of fp32, bf16, fp16"),
+        (["hf={hf}", "precision=int8"], "precision must be one of auto, fp32, bf16, fp16"),
         (["hf={hf}", "template=vicunna"], "template=vicunna is unknown; did you mean vicuna?"),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from vlm_nemo.runtime.signals import HELD, hold, stop_on_signals
+from vlm_nemo.runtime.signals import HELD, stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *HELD])
@@ -51,25 +51,33 @@ def test_a_thread_from_before_may_receive_it() -> None:
         thread.join()
 
 
-def test_held_before_the_handlers_and_by_children() -> None:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        hold()
-        os.kill(os.getpid(), signal.SIGUSR2)
-        child = subprocess.Popen(["sleep", "60"])  # as a logger's helper
-        child.send_signal(signal.SIGUSR2)
-        child.send_signal(signal.SIGUSR1)
-        with stop_on_signals() as request:
-            assert request.name == "SIGUSR2"
-            with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(timeout=0.2)
-        assert signal.sigtimedwait(HELD, 0) is not None
-    finally:
-        child.kill()
-        child.wait()
-        while signal.sigtimedwait(HELD, 0):
+HOLDING = """
+import os, signal, subprocess
+from vlm_nemo.runtime.signals import HELD, hold, stop_on_signals
+
+hold()
+os.kill(os.getpid(), signal.SIGUSR2)
+child = subprocess.Popen(["sleep", "60"])  # as a logger's helper
+try:
+    child.send_signal(signal.SIGUSR2)
+    child.send_signal(signal.SIGUSR1)
+    with stop_on_signals() as request:
+        assert request.name == "SIGUSR2", request.name
+        try:
+            child.wait(timeout=0.2)
+            raise SystemExit("the child is gone")
+        except subprocess.TimeoutExpired:
             pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert signal.sigtimedwait(HELD, 0) is not None
+finally:
+    child.kill()
+    child.wait()
+"""
+
+
+def test_held_before_the_handlers_and_by_children() -> None:
+    """In a process of its own: threads that others of these tests have started hold nothing."""
+    runs.run([sys.executable, "-c", HOLDING])
 
 
 def test_a_signal_while_torch_is_imported(shards: Path, tmp_path: Path) -> None:
