@@ -183,7 +183,7 @@ def test_named_members() -> None:
     cfg = composed("recipe=shapes/stage3", "data.sources.my-own.weight=2", "data.sources.my-own.path=a, (b)")
     assert set(cfg.data.sources) == {"captions", "instruct", "relations", "my-own"}
     assert (cfg.data.sources["my-own"].path, cfg.data.sources["my-own"].weight) == ("a, (b)", 2.0)
-    assert set(composed("recipe=shapes/stage3", "~data.sources.captions").data.sources) == {"instruct"}
+    assert set(composed("recipe=shapes/stage3", "~data.sources.captions").data.sources) == {"instruct", "relations"}
     assert composed("model.megatron.qk_layernorm=true").model.megatron == {"qk_layernorm": True}
     assert composed("data.sources={a:{path:x}}").data.sources["a"].path == "x"
 
