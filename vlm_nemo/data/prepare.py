@@ -25,7 +25,7 @@ from vlm_nemo.data.bpe import train_tokenizer
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.convert import Pool, Task
 from vlm_nemo.data.ledger import Ledger
-from vlm_nemo.data.raw import KINDS
+from vlm_nemo.data.raw.kinds import KINDS
 from vlm_nemo.data.shards import FORMAT, MANIFEST, ShardFolder
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
