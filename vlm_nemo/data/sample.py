@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from vlm_nemo.types import UserError
@@ -23,6 +23,8 @@ NO_LABEL = "no label"
 BAD_JSON = "bad json"
 SPECIAL_TOKEN = "special token in text"
 WRONG_LENGTH = "wrong length"
+FILTERED = "filtered"
+DUPLICATE = "duplicate"
 REASONS = (
     MISSING_IMAGE,
     BROKEN_IMAGE,
@@ -35,7 +37,11 @@ REASONS = (
     BAD_JSON,
     SPECIAL_TOKEN,
     WRONG_LENGTH,
+    FILTERED,
+    DUPLICATE,
 )
+UNWANTED = (FILTERED, DUPLICATE)
+"""Left out because the user asked for it: no fault of the data, and not counted as bad."""
 
 
 class SampleError(UserError):
@@ -69,6 +75,8 @@ class Record:
     """The sample's name in the raw data."""
     sizes: list[tuple[int, int]]
     """Width and height of each image, pixels, as it is shown (EXIF rotation applied)."""
+    facts: dict[str, float | str] = field(default_factory=dict)
+    """What the raw data said about it: similarity, language, …"""
 
 
 @dataclass(frozen=True, kw_only=True)

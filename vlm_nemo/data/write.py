@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,8 @@ class ShardSample(NamedTuple):
     kind: str | None
     source_id: str
     images: list[ShardImage]
+    facts: Mapping[str, float | str] = {}
+    """What the raw data says about it; written beside the messages."""
 
 
 def write_shard(tar: Path, samples: Iterable[ShardSample]) -> int:
@@ -53,6 +55,8 @@ def write_shard(tar: Path, samples: Iterable[ShardSample]) -> int:
             content: dict[str, Any] = {"messages": sample.messages, "source_id": sample.source_id}
             if sample.kind is not None:
                 content["kind"] = sample.kind
+            if sample.facts:
+                content["facts"] = dict(sample.facts)
             members: dict[str, Any] = {
                 "__key__": sample.key,
                 "json": json.dumps(content, ensure_ascii=False).encode(),

@@ -20,6 +20,8 @@ class RawSample(NamedTuple):
     messages: list[Message]
     kind: str | None
     images: list[ShardImage]
+    facts: dict[str, float | str] = {}
+    """What the raw data says about it: similarity, language, url, … Names in lower case. Never changed in place."""
 
 
 class RawDrop(NamedTuple):
