@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig
+from vlm_nemo.data.folders import open_folder
 from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec
 from vlm_nemo.data.mixture import Mixture
@@ -25,7 +26,6 @@ from vlm_nemo.data.packing import pack_batch
 from vlm_nemo.data.planner import Plan, PlannedSample, Planner
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import Drop, EncodedSample, SampleError
-from vlm_nemo.data.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import PackedBatch, UserError
 
@@ -88,7 +88,7 @@ class Loader:
                 raise UserError(f"data.{name}={value} must be at least 1")
         weights = {name: source.weight for name, source in cfg.sources.items()}
         folders = {
-            name: ShardFolder(source.path, f"data.sources.{name}.path")
+            name: open_folder(source.path, f"data.sources.{name}.path")
             for name, source in cfg.sources.items()
             if source.weight > 0
         }

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_nemo.data.chat import Template, encode_conversation
+from vlm_nemo.data.folders import Folder
 from vlm_nemo.data.layout import ImageSpec, count_tokens
 from vlm_nemo.data.mixture import Mixture
 from vlm_nemo.data.packing import Packer
 from vlm_nemo.data.sample import TOO_LONG, Drop, SampleError
-from vlm_nemo.data.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import UserError
 
@@ -55,7 +55,7 @@ class Planner:
 
     def __init__(
         self,
-        folders: Mapping[str, ShardFolder],
+        folders: Mapping[str, Folder],
         mixture: Mixture,
         tokenizer: Tokenizer,
         template: Template,

@@ -24,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm_nemo.data.bpe import train_tokenizer
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.convert import Pool, Task
+from vlm_nemo.data.folders import open_folder
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.raw import KINDS
-from vlm_nemo.data.shards import FORMAT, MANIFEST, ShardFolder
+from vlm_nemo.data.shards import FORMAT, MANIFEST
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 log = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def _prepare_tokenizer(out: Path, manifests: dict[str, dict[str, Any]], vocab: i
 
     def texts() -> Iterator[str]:
         for name in manifests:
-            shards = ShardFolder(out / name)
+            shards = open_folder(str(out / name))
             for number in range(len(shards)):
                 for message in shards.record(number).messages:
                     yield message["content"].replace(IMAGE_MARKER, "")
