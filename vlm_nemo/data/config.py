@@ -37,6 +37,26 @@ class PackConfig:
 
 
 @dataclass(kw_only=True)
+class AugmentConfig:
+    """Random changes to pixels and prompts, new in every epoch (`vlm_nemo.data.augment`); all off by default."""
+
+    crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Share of an image's area that a random crop keeps, from … to …; it is stretched back to the image's size."""
+    crop_ratio: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Width over height of the crop relative to the image's own, from … to …; [0.75, 1.33] is usual."""
+    brightness: float = 0.0
+    """Brightness times 1 - x to 1 + x."""
+    contrast: float = 0.0
+    """Contrast times 1 - x to 1 + x."""
+    saturation: float = 0.0
+    """Saturation times 1 - x to 1 + x."""
+    hue: float = 0.0
+    """Hue turned by up to x of the colour circle, 0 to 0.5; keep it small where answers name colours."""
+    text_dropout: float = 0.0
+    """Probability that a user's turn with images loses its text; for captions, as a question would be lost too."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """What is read, and how it is packed (`vlm_nemo.data.loader`)."""
 
@@ -46,6 +66,7 @@ class DataConfig:
     """Folder with tokenizer.json (Hugging Face's fast format) and tokenizer_config.json."""
     template: str = "vicuna"
     """How a conversation becomes text: a name in `vlm_nemo.data.chat.TEMPLATES`."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     global_packs: int = 8
     """Packed rows in one optimizer step, over all data-parallel ranks."""
