@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
 from vlm_nemo.data.layout import image_spec, vision_cost
-from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, read_lengths, reason_of, write_lengths
+from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, reason_of, write_lengths
 from vlm_nemo.data.sample import BAD_JSON, IMAGE_WITHOUT_MARKER, NO_LABEL, REASONS, Record, SampleError
 from vlm_nemo.data.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -63,18 +64,12 @@ def test_the_fingerprint_follows_the_ids(tokenizer: Tokenizer, tmp_path: Path) -
     assert fingerprint(Tokenizer(swapped), SHORT) != name
 
 
-def test_a_sidecar_is_read_back_or_refused(tmp_path: Path) -> None:
+def test_a_sidecar_is_written_whole(tmp_path: Path) -> None:
     path = lengths_path(tmp_path / "00007.tar", "0123456789ab")
     assert path.name == "00007.tar.lengths-0123456789ab.safetensors"
-    assert read_lengths(path, 3) is None
     write_lengths(path, np.array([5, -2, 9], dtype=np.int32))
-    found = read_lengths(path, 3)
-    assert found is not None and found.tolist() == [5, -2, 9]
-    with pytest.raises(UserError, match=r"00007\.tar\.lengths.* its shard 4 records"):
-        read_lengths(path, 4)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_lengths(path, 3)
+    assert load_file(path)["text_tokens"].tolist() == [5, -2, 9]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_vision_cost_is_the_patches_that_are_computed() -> None:

@@ -21,6 +21,8 @@ from vlm_nemo.data.sample import BROKEN_IMAGE, SampleError
 Pixels = NDArray[np.uint8]
 Resize = Callable[[Pixels, int, int], Pixels]
 """(pixels [H, W, 3], height, width) -> [height, width, 3]"""
+Augment = Callable[[Pixels], Pixels]
+"""pixels [H, W, 3] -> [H, W, 3]"""
 
 _WHITE = (255, 255, 255, 255)
 _FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
@@ -32,18 +34,28 @@ def pil_resize(pixels: Pixels, height: int, width: int) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def decode_image(data: bytes, spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
-    """[3, S, S] uint8, contiguous. Raises SampleError ("broken image", "image size")."""
-    header = read_header(data)
-    pixels = _upright(_decode_jpeg(data), header.orientation) if header.fast_jpeg else _decode_any(data)
-    return square_image(pixels, spec, resize)
+def decode_image(data: bytes, spec: ImageSpec, resize: Resize = pil_resize, augment: Augment | None = None) -> Pixels:
+    """[3, S, S] uint8, contiguous; augment: applied to the whole image, before it is made square.
+
+    Raises SampleError ("broken image", "image size").
+    """
+    pixels = decode_pixels(data)
+    return square_image(pixels if augment is None else augment(pixels), spec, resize)
 
 
-def decode_images(images: Sequence[bytes], spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
-    """[n, 3, S, S] uint8: the images of one prompt or sample; n may be 0."""
+def decode_images(
+    images: Sequence[bytes], spec: ImageSpec, resize: Resize = pil_resize, augment: Augment | None = None
+) -> Pixels:
+    """[n, 3, S, S] uint8: the images of one prompt or sample, in order; n may be 0."""
     if not images:
         return np.empty((0, 3, spec.size, spec.size), dtype=np.uint8)
-    return np.stack([decode_image(data, spec, resize) for data in images])
+    return np.stack([decode_image(data, spec, resize, augment) for data in images])
+
+
+def decode_pixels(data: bytes) -> Pixels:
+    """[H, W, 3] uint8: upright, first frame, alpha over white. Raises SampleError ("broken image", "image size")."""
+    header = read_header(data)
+    return _upright(_decode_jpeg(data), header.orientation) if header.fast_jpeg else _decode_any(data)
 
 
 def square_image(pixels: Pixels, spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:

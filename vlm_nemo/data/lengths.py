@@ -69,28 +69,6 @@ def write_lengths(path: Path, lengths: NDArray[np.int32]) -> None:
     os.replace(part, path)
 
 
-def read_lengths(path: Path, records: int) -> NDArray[np.int32] | None:
-    """A shard's sidecar; None where there is none.
-
-    Raises UserError if it is damaged, or was made for another number of records.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if not path.is_file():
-        return None
-    try:
-        lengths = load_file(path)[COLUMN]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}); remove it and run `vlm-nemo prepare` again") from None
-    if lengths.shape != (records,) or lengths.dtype != np.int32:
-        raise UserError(
-            f"{path} holds {lengths.dtype} {list(lengths.shape)}, its shard {records} records; remove it and run "
-            "`vlm-nemo prepare` again"
-        )
-    return lengths
-
-
 def reason_of(length: int) -> str:
     """The reason that a negative length stands for. Raises UserError for one that this version does not know."""
     if not -len(REASONS) <= length < 0:
