@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.data.raw_data import good_rows, picture, turns, write_img2dataset, write_llava, write_manifest
-from vlm_nemo.data import convert
+from vlm_nemo.data import convert, pool
 from vlm_nemo.data.config import PrepareConfig
-from vlm_nemo.data.prepare import prepare, read_manifest
+from vlm_nemo.data.manifest import read_manifest
+from vlm_nemo.data.prepare import prepare
 from vlm_nemo.data.sample import (
     BAD_JSON,
     BROKEN_IMAGE,
@@ -124,7 +125,7 @@ def test_what_is_prepared_is_kept_and_what_changed_is_made_anew(
     capsys.readouterr()
     assert prepare(config(tmp_path, tokenizer_vocab=280)) == first
     said = capsys.readouterr().err
-    assert said.count("reused as it was") == 3, said
+    assert said.count("reused as it was") == 3 and said.count("reused as they were") == 2, said
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar*")} == stamps
 
     (tmp_path / "images" / "8.jpg").write_bytes(picture(999))  # used by row 8 only, in the third shard
@@ -147,20 +148,20 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         return real(task)
 
-    monkeypatch.setattr("vlm_nemo.data.prepare.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(convert, "convert", stops)
+    monkeypatch.setattr("vlm_nemo.data.source.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("vlm_nemo.data.source.convert", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(config(tmp_path))
     with pytest.raises(UserError, match="half prepared"):
         ShardFolder(tmp_path / "out" / "instruct")
     stamp = (tmp_path / "out" / "instruct" / "00001.tar").stat().st_mtime_ns
-    monkeypatch.setattr(convert, "convert", real)
+    monkeypatch.setattr("vlm_nemo.data.source.convert", real)
     assert prepare(config(tmp_path)) == whole
     assert (tmp_path / "out" / "instruct" / "00001.tar").stat().st_mtime_ns == stamp
 
 
 def test_several_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "PARALLEL_SAMPLES", 1)
+    monkeypatch.setattr(pool, "PARALLEL_SAMPLES", 1)
     write_img2dataset(tmp_path / "captions", [[PAIR] * 9 + [PAIR | {"jpg": b"x"}]] * 2)
     write_llava(tmp_path, good_rows(9))
     write_manifest(tmp_path)
@@ -247,7 +248,9 @@ def test_too_many_faults_stop_prepare_and_a_higher_limit_goes_on(tmp_path: Path)
     write_img2dataset(tmp_path / "captions", [pairs])
     write_llava(tmp_path, good_rows(5))
     write_manifest(tmp_path)
-    with pytest.raises(UserError, match=r"of 1\d+ samples had to be dropped .*, more than max_bad_fraction=0.01"):
+    with pytest.raises(
+        UserError, match=r"8 of 11 samples of source captions had to .*; more than max_bad_fraction=0.01"
+    ):
         prepare(config(tmp_path, min_samples_before_stop=10))
     ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
     assert ledger["dropped"] == {"captions": tally(BAD_PAIRS)}

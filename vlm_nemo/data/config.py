@@ -100,7 +100,23 @@ class PrepareConfig:
     """Processes that convert shards."""
     tokenizer_vocab: int = 0
     """Train a BPE tokenizer of this many tokens on the texts and write it to out/tokenizer; 0 = do not."""
+    tokenizer: str | None = None
+    """Measure all texts for the tokenizer in this folder, so that training plans without reading them; null = for the
+    one that tokenizer_vocab trained, if any."""
+    template: str = "vicuna"
+    """The template to measure for, `data.template` of the training."""
+    capacity: int = 4096
+    """Length of a packed row to give advice on, tokens: `data.pack.capacity` of the training."""
+    image_size: int = 336
+    """Side of the model's input, pixels: for tokens a sample, in advice and audit."""
+    patch_size: int = 14
+    """Side of the model's patches, pixels."""
+    audit: bool = False
+    """Print what is in the data, and write it to out/audit with plots."""
+    audit_samples: int = 5000
+    """Texts a source that the audit reads."""
     max_bad_fraction: float = 0.01
-    """Fail when more than this share of the raw samples cannot be used."""
+    """Fail when more than this share of a source's raw samples cannot be used; filtered ones and duplicates do not
+    count. A source may have its own in the manifest."""
     min_samples_before_stop: int = 100
     """Raw samples to see before max_bad_fraction is judged."""

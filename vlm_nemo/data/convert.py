@@ -35,7 +35,9 @@ def convert(task: Task) -> tuple[int, dict[str, Any]]:
     """Write one shard, unless it was written from the same input already; returns its number and manifest entry."""
     fingerprint = task.unit.fingerprint()
     if task.filter:
-        fingerprint = hashlib.sha256("\n".join([fingerprint, *(rule.text for rule in task.filter)]).encode()).hexdigest()
+        fingerprint = hashlib.sha256(
+            "\n".join([fingerprint, *(rule.text for rule in task.filter)]).encode()
+        ).hexdigest()
     if task.before is not None and _still_there(task.tar, task.before, fingerprint):
         return task.number, {**task.before, "reused": True}
     drops: list[RawDrop] = []

@@ -65,8 +65,8 @@ def _rule(key: str, value: Any, where: str) -> Rule:
     if bound in ("min", "max") and name:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"{where}={value} must be a number")
-        limit = {"low" if bound == "min" else "high": float(value)}
-        return Rule(name=name, text=f"{key}={value:g}", fact=key not in OWN, **limit)
+        low, high = (float(value), None) if bound == "min" else (None, float(value))
+        return Rule(name=name, text=f"{key}={value:g}", fact=key not in OWN, low=low, high=high)
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str) for word in words):
         raise UserError(f"{where}={value} must be a text or a list of texts; for numbers write min_{key}, max_{key}")

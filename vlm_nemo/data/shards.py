@@ -1,7 +1,7 @@
 """WebDataset shards with an index beside them: open a folder of them, read a record by its number.
 
     captions/manifest.json                   shards, counts, bytes, SHA-256, what was dropped and why
-    captions/00000.tar                       KEY.json {"messages", "kind", "source_id", "facts"}, KEY.0.jpg, KEY.1.png, …
+    captions/00000.tar                       KEY.json {"messages", "kind", "source_id", "facts"}, KEY.0.jpg, …
     captions/00000.tar.index.safetensors     where each member lies, each image's width, height and hash
     captions/00000.tar.lengths-FINGERPRINT.safetensors    tokens of each text, for one tokenizer and template
     captions/excluded.safetensors            records that are passed over (duplicates)
