@@ -108,7 +108,7 @@ def prepare_source(
 
 
 def check_all_budgets(sources: Sequence[RawSource], manifests: Mapping[str, Manifest], cfg: PrepareConfig) -> None:
-    """Raises UserError if too many samples of a source, or of all that have no limit of their own, had to be dropped."""
+    """Raises UserError if too many samples of a source, or of all without a limit of their own, had to be dropped."""
     shared = {}
     for source in sources:
         manifest = manifests[source.name]
