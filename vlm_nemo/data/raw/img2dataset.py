@@ -62,8 +62,9 @@ def _caption(name: str, contents: dict[str, bytes]) -> RawSample:
     return RawSample(name, messages, None, [shard_image(image)])
 
 
-def list_tars(where: dict[str, Path], shard_samples: int, apply: Map) -> list[TarUnit]:
+def list_tars(where: dict[str, Path], options: dict[str, str], shard_samples: int, apply: Map) -> list[TarUnit]:
     """Units of img2dataset's output folder. Raises UserError if it holds no tars."""
+    del options
     folder = where["path"]
     tars = sorted(folder.glob("*.tar"))
     if not tars:
