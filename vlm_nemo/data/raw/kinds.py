@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_nemo.data.raw.energon_unit import list_energon
-from vlm_nemo.data.raw.img2dataset import list_tars
+from vlm_nemo.data.raw.img2dataset import list_downloads
 from vlm_nemo.data.raw.llava import list_llava
 from vlm_nemo.data.raw.unit import Map
 
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "img2dataset": Kind(list_tars, ("path",), ("path",)),
+    "img2dataset": Kind(list_downloads, ("path",), ("path",)),
     "llava": Kind(list_llava, ("json", "images"), ("json", "images")),
     "energon": Kind(list_energon, ("path",), ("path",), ("split",)),
 }
