@@ -26,6 +26,8 @@ class RawSource:
     name: str
     kind: str
     where: dict[str, Path]
+    options: dict[str, str]
+    """The kind's other keys."""
     held_out: bool
     """For evaluation: the tokenizer is not trained on its texts."""
     filter: tuple[Rule, ...] = ()
@@ -57,8 +59,8 @@ def _source(name: str, entry: Any, root: Path, where: str) -> RawSource:
     kind = str(entry.get("kind")) if isinstance(entry, dict) else "None"
     if kind not in KINDS:
         raise UserError(f"{where}.kind={kind} is unknown; {_nearest(kind, tuple(KINDS))}")
-    paths = KINDS[kind][0]
-    _keys(entry, (*_COMMON, *paths), paths, where)
+    known = KINDS[kind]
+    _keys(entry, (*_COMMON, *known.keys), known.needed, where)
     flags = {}
     for key in ("held_out", "drop_duplicates"):
         flags[key] = entry.get(key, False)
@@ -70,7 +72,8 @@ def _source(name: str, entry: Any, root: Path, where: str) -> RawSource:
     return RawSource(
         name=name,
         kind=kind,
-        where={key: root / str(entry[key]) for key in paths},
+        where={key: root / str(entry[key]) for key in known.paths if key in entry},
+        options={key: str(entry[key]) for key in known.options if key in entry},
         filter=read_filter(entry.get("filter"), f"{where}.filter"),
         max_bad_fraction=limit,
         **flags,

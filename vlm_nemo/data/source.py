@@ -39,7 +39,7 @@ def prepare_source(
     Raises UserError as `prepare` says.
     """
     started = time.monotonic()
-    units = KINDS[source.kind][1](source.where, cfg.shard_samples, pool.map)
+    units = KINDS[source.kind].list_units(source.where, source.options, cfg.shard_samples, pool.map)
     total = sum(unit.count for unit in units)
     earlier = read_earlier(out)
     before = entries_of(earlier)

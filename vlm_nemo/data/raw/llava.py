@@ -72,9 +72,9 @@ def _image_names(row: Any) -> list[str] | None:
     return names if all(isinstance(name, str) for name in names) else None
 
 
-def list_llava(where: dict[str, Path], shard_samples: int, apply: Map) -> list[LlavaUnit]:
+def list_llava(where: dict[str, Path], options: dict[str, str], shard_samples: int, apply: Map) -> list[LlavaUnit]:
     """Units of a LLaVA file: a JSON list, or JSON lines. Raises UserError if the file cannot be read at all."""
-    del apply
+    del options, apply
     path = where["json"]
     try:
         text = path.read_text(encoding="utf-8")

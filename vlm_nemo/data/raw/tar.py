@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,3 +52,17 @@ def _scan_tar(tar: Path, stamp: tuple[int, int]) -> list[Group]:
 def count_tar(tar: Path) -> int:
     """Number of samples in a tar."""
     return len(scan_tar(tar))
+
+
+def read_members(
+    tar: Path, groups: Iterable[Group], wanted: Container[str] | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: bytes}) of each sample, only the wanted extensions where they are given."""
+    with open(tar, "rb") as stream:
+        for key, members in groups:
+            contents = {}
+            for extension, (offset, size) in members.items():
+                if wanted is None or extension in wanted:
+                    stream.seek(offset)
+                    contents[extension] = stream.read(size)
+            yield key, contents

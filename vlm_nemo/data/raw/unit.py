@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vlm_nemo.data.header import read_header
 from vlm_nemo.data.sample import MISSING_IMAGE, Message, SampleError
 from vlm_nemo.data.write import ShardImage
+
+LONGEST_FACT = 2048
+"""Letters: an address is a fact, a document is not."""
 
 
 class RawSample(NamedTuple):
@@ -65,6 +69,20 @@ def shard_image(data: bytes) -> ShardImage:
     """An image to be written. Raises SampleError ("broken image", "image size")."""
     header = read_header(data)
     return ShardImage(data, header.extension, header.width, header.height)
+
+
+def facts_of(values: Mapping[Any, Any], without: Container[str] = ()) -> dict[str, float | str]:
+    """Numbers and short texts of a table of facts, by name in lower case; yes and no are 1 and 0."""
+    facts: dict[str, float | str] = {}
+    for name, value in values.items():
+        key = str(name).lower()
+        if key in without:
+            continue
+        if isinstance(value, (bool, int, float)) and math.isfinite(value):
+            facts[key] = float(value)
+        elif isinstance(value, str) and len(value) <= LONGEST_FACT:
+            facts[key] = value
+    return facts
 
 
 def stamp(path: Path) -> tuple[int, int]:
