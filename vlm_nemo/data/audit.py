@@ -25,6 +25,8 @@ FOLDER = "audit"
 ALL = "all sources"
 CAPACITIES = (2048, 4096, 8192, 16384)
 """Lengths of a row that most people choose from."""
+WIDTH = 140
+"""Columns of the tables at least."""
 LENGTH_SAMPLES = 20_000
 """Lengths a source that are looked at."""
 
@@ -47,7 +49,7 @@ def audit(
     fingerprint = fingerprint or _common_lengths(manifests)
     surveys = {name: survey(out / name, manifest, cfg.audit_samples) for name, manifest in manifests.items()}
     copies = count_copies(
-        {name: [out / shard["name"] for shard in manifest["shards"]] for name, manifest in manifests.items()},
+        {name: [out / name / shard["name"] for shard in manifest["shards"]] for name, manifest in manifests.items()},
         {name: sum(shard["images"] for shard in manifest["shards"]) for name, manifest in manifests.items()},
     )
     lengths: dict[str, np.ndarray] = {}
@@ -59,14 +61,18 @@ def audit(
             lengths[ALL] = mixed_lengths(parts, {name: m["records"] for name, m in trained_on.items()})
         lengths = {name: values for name, values in lengths.items() if len(values)}
     capacities = sorted({*CAPACITIES, cfg.capacity})
-    fills = {name: {c: pack_fill(values, c) for c in capacities} for name, values in lengths.items()}
     advice = {name: advise(values, cfg.capacity) for name, values in lengths.items()}
+    fills = {name: {c: pack_fill(values, c) for c in capacities} for name, values in lengths.items()}
+    for name, one in advice.items():
+        fills[name][cfg.capacity] = one.wanted.fill  # of another sample: one thing has one figure
     content = _content(manifests, surveys, copies, lengths, fills, advice, fingerprint, spec)
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / "audit.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(folder / "audit.png", manifests, surveys, lengths, fills, cfg.capacity, ALL)
-    _print(Console(), content, advice, cfg, folder)
+    console = Console()
+    console.width = max(console.width, WIDTH)  # a log file is wide enough
+    _print(console, content, advice, cfg, folder)
     return content
 
 
@@ -192,7 +198,7 @@ def _bad_and_unwanted(dropped: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _points(found: Mapping[str, float]) -> list[str]:
-    return [f"{found[point]:,.4g}" if found[point] < 1000 else f"{found[point]:,.0f}" for point in POINTS if found]
+    return [f"{found[point]:.3g}" if found[point] < 1000 else f"{found[point]:,.0f}" for point in POINTS if found]
 
 
 def _shares(counts: Mapping[str, int], total: int) -> str:

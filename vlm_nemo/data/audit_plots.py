@@ -82,7 +82,9 @@ def _sizes(figure: Any, axis: Any, surveys: Mapping[str, Survey]) -> None:
     for one in (axis.xaxis, axis.yaxis):
         one.set_ticks(ticks, [str(tick) for tick in ticks])
         one.set_minor_locator(_no_ticks())
-    figure.colorbar(mesh, ax=axis, label="images")
+    bar = figure.colorbar(mesh, ax=axis, label="images")
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.ax.yaxis.set_minor_formatter("{x:g}")
 
 
 def _no_ticks() -> Any:
@@ -103,7 +105,8 @@ def _words(axis: Any, surveys: Mapping[str, Survey], names: list[str]) -> None:
 
 
 def _tokens(axis: Any, lengths: Mapping[str, np.ndarray], names: list[str], capacity: int) -> None:
-    axis.set(title="Tokens a sample, images included", xlabel="tokens", ylabel="share of the source's samples")
+    share = "share of the source's samples (logarithmic)"
+    axis.set(title="Tokens a sample, images included", xlabel="tokens", ylabel=share, yscale="log")
     if not lengths:
         _nothing(axis, "no lengths are prepared: add tokenizer=DIR")
         return
@@ -119,7 +122,7 @@ def _tokens(axis: Any, lengths: Mapping[str, np.ndarray], names: list[str], capa
 
 def _steps(axis: Any, values: np.ndarray, edges: np.ndarray, name: str) -> None:
     counts = np.histogram(values, bins=edges)[0]
-    axis.stairs(counts / max(1, counts.sum()), edges, label=name, linewidth=1.6)
+    axis.stairs(counts / max(1, counts.sum()), edges, label=name, linewidth=1.6, baseline=None)
 
 
 def _fills(axis: Any, fills: Mapping[str, Mapping[int, float]], names: list[str], mixed: str, capacity: int) -> None:

@@ -27,7 +27,7 @@ class Meter:
         self._console = console
         self._what = what
         self._total = total
-        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._bar = self._progress.add_task(what, total=total, rate="")
         self._done = self._fresh = self._bytes = 0
         self._started = self._said = time.monotonic()
