@@ -46,7 +46,8 @@ if [ ! -f "$out/raw/done" ]; then
     touch "$out/raw/done"
 fi
 say "shards -> $out/shards"
-"$python" -m vlm_nemo prepare data/shapes/manifest.yaml root="$out/raw" out="$out/shards" tokenizer_vocab=512
+"$python" -m vlm_nemo prepare data/shapes/manifest.yaml root="$out/raw" out="$out/shards" tokenizer_vocab=512 \
+    template=short image_size=64 patch_size=16 capacity=1280
 
 for stage in 0 1 2 3; do
     if complete "$out/stage$stage"; then

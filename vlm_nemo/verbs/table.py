@@ -46,14 +46,17 @@ VERBS: dict[str, Verb] = {
             name="prepare",
             summary="turn raw images and texts into indexed WebDataset shards",
             examples=(
-                "vlm-nemo prepare data/shapes/manifest.yaml root=runs/demo/raw out=runs/demo/shards",
-                "vlm-nemo prepare my/manifest.yaml out=shards/my workers=16 tokenizer_vocab=32000",
+                "vlm-nemo prepare data/cc3m/manifest.yaml root=cc3m_raw out=shards/cc3m tokenizer=vicuna-7b template=plain",
+                "vlm-nemo prepare my/manifest.yaml out=shards/my workers=16 tokenizer_vocab=32000 audit=true",
             ),
             root=PrepareConfig,
             run="vlm_nemo.data.prepare:prepare",
             positional="manifest",
             ranks=False,
-            notes=("a path without a key is the manifest",),
+            notes=(
+                "a path without a key is the manifest; the same command again goes on, and keeps what is done",
+                "another tokenizer= or template= adds its lengths to what is prepared; audit=true looks at it",
+            ),
         ),
         Verb(
             name="train",
