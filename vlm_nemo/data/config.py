@@ -16,8 +16,8 @@ class SourceConfig:
     weight: float | None = None
     """Share of the samples drawn, relative to the other sources; null = 1, 0 leaves the source out."""
     epochs: float | None = None
-    """Instead of a weight: how often one cycle of the blend goes through the source, as 1 or 0.25; all sources then have
-    epochs or samples, and each cycle is one random order of all its samples."""
+    """Instead of a weight: how often one cycle of the blend goes through the source, as 1 or 0.25. All sources then
+    have epochs or samples, and each cycle is one random order of all its samples."""
     samples: int | None = None
     """Instead of a weight: samples of the source in one cycle of the blend."""
     max_bad_fraction: float | None = None
