@@ -4,6 +4,7 @@
     first      has the Loader; sends             account, positions, tokens, images
     middle     account, positions                account, positions
     last       account, positions, labels        account, positions, labels
+    only one   has the Loader; sends             all of it
 
 The account is what every rank books (the step's counts and drops, the loader's state); positions stands for positions
 and segment bounds, which attention needs everywhere. On the wire: JSON, then safetensors. An error of the reader goes
@@ -84,7 +85,8 @@ class Feed:
     def _share(self, data: StepData | None, error: BaseException | None) -> StepData:
         account, parts = self._agree(_account(data) if data else {}, _parts(data, _EVERYWHERE) if data else {}, error)
         if self._ranks.first_stage and self._ranks.tensor > 1:
-            sent = groups.broadcast_bytes(_pack({}, _parts(data, _FIRST)) if data else None, groups.tensor_group())
+            names = _FIRST + _LAST if self._ranks.last_stage else _FIRST
+            sent = groups.broadcast_bytes(_pack({}, _parts(data, names)) if data else None, groups.tensor_group())
             parts |= {} if data else _unpack(sent)[1]
         if self._ranks.pipeline > 1:
             parts |= self._labels(data)
