@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.data.raw_data import picture
 from vlm_nemo.data.sample import BAD_JSON, SampleError
-from vlm_nemo.data.shards import EXCLUDED, ShardFolder, ShardReader, index_path
-from vlm_nemo.data.write import ShardImage, ShardSample, image_hash, write_shard
+from vlm_nemo.data.shards import EXCLUDED, ShardFolder, ShardImage, ShardReader, ShardSample, index_path
+from vlm_nemo.data.write import image_hash, write_shard
 from vlm_nemo.types import UserError
 
 

@@ -20,12 +20,12 @@ from bisect import bisect_right
 from collections import OrderedDict
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vlm_nemo.data.sample import BAD_JSON, Record, SampleError
+from vlm_nemo.data.sample import BAD_JSON, Message, Record, SampleError
 from vlm_nemo.types import UserError
 
 FORMAT = "vlm_nemo.shard.2"
@@ -40,6 +40,26 @@ OPEN_SHARDS = 256
 """Shards of a source held open at a time; well below the usual limit of 1024 files a process."""
 _AGAIN = "run `vlm-nemo prepare` again"
 _ROLES = ("system", "user", "assistant")
+
+
+class ShardImage(NamedTuple):
+    """An image to write."""
+
+    data: bytes
+    extension: str
+    width: int
+    height: int
+
+
+class ShardSample(NamedTuple):
+    """A sample to write."""
+
+    key: str
+    """Without dots."""
+    messages: list[Message]
+    kind: str | None
+    source_id: str
+    images: list[ShardImage]
 
 
 def index_path(tar: Path) -> Path:
