@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_nemo.data.raw import RawDrop, Unit
+from vlm_nemo.data.raw.unit import RawDrop, Unit
 from vlm_nemo.data.shards import ShardSample, index_path
 from vlm_nemo.data.write import write_shard
 
