@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_nemo.data.cache import Cache
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.folders import open_folder
@@ -87,8 +88,9 @@ class Loader:
             if value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1")
         weights = {name: source.weight for name, source in cfg.sources.items()}
+        cache = Cache(cfg.store)
         folders = {
-            name: open_folder(source.path, f"data.sources.{name}.path")
+            name: open_folder(source.path, f"data.sources.{name}.path", cache=cache)
             for name, source in cfg.sources.items()
             if source.weight > 0
         }

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0
 """Seconds between two tries, at most."""
+PIECE = 1 << 20
+"""Bytes of one request when a whole file is read: what takes too long should be known soon."""
 _NO_RETRY = (TypeError, ValueError, ImportError, PermissionError, IsADirectoryError, NotImplementedError)
 _T = TypeVar("_T")
 
@@ -87,7 +89,7 @@ class RemoteStore:
         path = self._parts.path.rstrip("/") + "/" + quote(name, safe="/")
         return urlunsplit(self._parts._replace(path=path))
 
-    def open(self, name: str) -> RemoteFile:
+    def open(self, name: str, version: str = "") -> RemoteFile:
         """Raises MissingFile, UserError. What the store says about a file is asked once."""
         if name not in self._known:
 
@@ -99,6 +101,11 @@ class RemoteStore:
 
             self._known[name] = self.insist(name, ask)
         return RemoteFile(self, name, self._known[name])
+
+    def read_all(self, name: str, version: str = "") -> bytes:
+        """A whole file, in requests of PIECE bytes. Raises MissingFile, UserError."""
+        file = self.open(name)
+        return b"".join(file.read(start, min(PIECE, file.size - start)) for start in range(0, file.size, PIECE))
 
     def exists(self, name: str) -> bool:
         try:

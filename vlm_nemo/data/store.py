@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 import threading
+import weakref
 from collections import deque
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from vlm_nemo.data.config import StoreConfig
 from vlm_nemo.types import UserError
@@ -46,14 +47,22 @@ class Store(Protocol):
     """Path or URL, without credentials."""
     remote: bool
 
-    def open(self, name: str) -> File:
-        """Raises MissingFile, UserError."""
+    def open(self, name: str, version: str = "") -> File:
+        """version: what else is known to tell one state of the file from another. Raises MissingFile, UserError."""
+        ...
+
+    def read_all(self, name: str, version: str = "") -> bytes:
+        """A whole file, a small one. Raises MissingFile, UserError."""
         ...
 
     def exists(self, name: str) -> bool: ...
 
     def list(self) -> list[str]:
         """Names of the files that lie there, sorted. Raises UserError where the store cannot list."""
+        ...
+
+    def locate(self, name: str) -> str:
+        """Where a file lies; it may hold a password."""
         ...
 
 
@@ -77,6 +86,19 @@ def show_url(url: str) -> str:
     return re.sub(r"[?#][^\s'\")\]]*", "", re.sub(r"(://)[^/\s@]*@", r"\1", url))
 
 
+class _Handle:
+    """An open file; closed when nobody has it in hand any more."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
 class LocalFile:
     """A local file; its handle is lent, so that any number of files can be at hand."""
 
@@ -84,56 +106,61 @@ class LocalFile:
         """Raises MissingFile, UserError."""
         self.where = str(path)
         self._path = path
-        self._handle: Any = None
-        handle = self._open()
-        status = os.fstat(handle.fileno())
+        self._handle: _Handle | None = None
+        status = os.fstat(self._open().fd)
         self.size = status.st_size
         self.version = str(status.st_mtime_ns)
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly so many bytes. Raises UserError."""
         handle = self._handle or self._reopen()
-        data = os.pread(handle.fileno(), size, offset)
+        data = os.pread(handle.fd, size, offset)
         return data if len(data) == size else self._rest(handle, data, offset, size)
 
-    def _rest(self, handle: Any, data: bytes, offset: int, size: int) -> bytes:
+    def _rest(self, handle: _Handle, data: bytes, offset: int, size: int) -> bytes:
         """The kernel may give less than was asked for, at least one byte until the file ends."""
         while len(data) < size:
-            more = os.pread(handle.fileno(), size - len(data), offset + len(data))
+            more = os.pread(handle.fd, size - len(data), offset + len(data))
             if not more:
                 raise UserError(f"{self.where} became shorter while it was read; make or fetch it again")
             data += more
         return data
 
-    def _open(self) -> Any:
+    def _open(self) -> _Handle:
         try:
-            handle = open(self._path, "rb", buffering=0)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise MissingFile(f"{self.where} cannot be read: {error.strerror}") from None
+            handle = _Handle(self._path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.where} cannot be read: {error}") from None
+            raise _cannot_read(self._path, error) from None
         self._handle = handle
         _lend(self)
         return handle
 
-    def _reopen(self) -> Any:
+    def _reopen(self) -> _Handle:
         handle = self._open()
-        status = os.fstat(handle.fileno())
+        status = os.fstat(handle.fd)
         if (status.st_size, str(status.st_mtime_ns)) != (self.size, self.version):
             raise UserError(f"{self.where} changed while it was read; start again")
         return handle
 
 
-_lent: deque[LocalFile] = deque()
+def _cannot_read(path: Path, error: OSError | ValueError) -> UserError:
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    text = error.strerror if isinstance(error, OSError) else error
+    return (MissingFile if missing else UserError)(f"{path} cannot be read: {text}")
+
+
+_lent: deque[weakref.ref[LocalFile]] = deque()
 _lent_lock = threading.Lock()
 
 
 def _lend(file: LocalFile) -> None:
     """The file that was opened longest ago gives its handle up; a thread that still reads from it keeps it open."""
     with _lent_lock:
-        _lent.append(file)
+        _lent.append(weakref.ref(file))
         while len(_lent) > OPEN_FILES:
-            _lent.popleft()._handle = None
+            oldest = _lent.popleft()()
+            if oldest is not None:
+                oldest._handle = None
 
 
 class LocalStore:
@@ -145,9 +172,16 @@ class LocalStore:
         self.url = str(path)
         self._folder = Path(path)
 
-    def open(self, name: str) -> LocalFile:
+    def open(self, name: str, version: str = "") -> LocalFile:
         """Raises MissingFile, UserError."""
         return LocalFile(self._folder / name)
+
+    def read_all(self, name: str, version: str = "") -> bytes:
+        """Raises MissingFile, UserError."""
+        try:
+            return (self._folder / name).read_bytes()
+        except (OSError, ValueError) as error:
+            raise _cannot_read(self._folder / name, error) from None
 
     def exists(self, name: str) -> bool:
         return (self._folder / name).is_file()
@@ -158,3 +192,6 @@ class LocalStore:
             return sorted(entry.name for entry in os.scandir(self._folder) if entry.is_file())
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def locate(self, name: str) -> str:
+        return os.path.abspath(self._folder / name)
