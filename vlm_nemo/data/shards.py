@@ -188,11 +188,13 @@ class ShardFolder(NumberedFolder):
         self.manifest = manifest
         self.shards = [str(shard["name"]) for shard in shards]
         self.store = store
+        self.source: Store = store.direct if isinstance(store, CachedStore) else store
+        """The same, past the cache."""
         self._counts = counts
         self._sha256 = {shard["name"]: (str(shard["sha256"]), str(shard["index_sha256"])) for shard in shards}
         self._tars: Store = store
         if isinstance(store, CachedStore) and not cache.admit(int(manifest["bytes"])):
-            self._tars = store.direct
+            self._tars = self.source
 
     def text_tokens(self, fingerprint: str) -> np.ndarray | None:
         """[len] int32: tokens of each record's text (see lengths.py); None if a shard was not measured for it.
