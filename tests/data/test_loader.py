@@ -26,9 +26,9 @@ from vlm_nemo.data.mixture import Mixture, build_mixture
 from vlm_nemo.data.prepare import prepare
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import BROKEN_IMAGE, NO_LABEL, TOO_LONG, Drop
-from vlm_nemo.data.shards import FORMAT, ShardFolder, index_path
+from vlm_nemo.data.shards import FORMAT, ShardFolder, ShardImage, ShardSample, index_path
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.data.write import ShardImage, ShardSample, write_shard
+from vlm_nemo.data.write import write_shard
 from vlm_nemo.types import UserError
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_nemo.data.augment import check_augment
+from vlm_nemo.data.cache import Cache
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.encode import Encoder, PlannedSample
@@ -87,8 +88,10 @@ class Loader:
         of another data set.
         """
         _check(cfg, dp_size)
+        cache = Cache(cfg.store)
         folders = {
-            name: open_folder(cfg.sources[name].path, f"data.sources.{name}.path") for name in drawn(cfg.sources)
+            name: open_folder(cfg.sources[name].path, f"data.sources.{name}.path", cache=cache)
+            for name in drawn(cfg.sources)
         }
         records = {name: len(folder) for name, folder in folders.items()}
         self._cfg = cfg

@@ -26,7 +26,7 @@ from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.convert import Pool, Task
 from vlm_nemo.data.folders import open_folder
 from vlm_nemo.data.ledger import Ledger
-from vlm_nemo.data.raw import KINDS
+from vlm_nemo.data.raw.kinds import KINDS
 from vlm_nemo.data.shards import FORMAT, MANIFEST
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
@@ -45,6 +45,8 @@ class RawSource:
     name: str
     kind: str
     where: dict[str, Path]
+    options: dict[str, str]
+    """The kind's other keys."""
     held_out: bool
     """For evaluation: the tokenizer is not trained on its texts."""
 
@@ -96,13 +98,14 @@ def read_manifest(path: Path, folder: str | None = None) -> list[RawSource]:
         kind = str(entry.get("kind")) if isinstance(entry, dict) else "None"
         if kind not in KINDS:
             raise UserError(f"{where}.kind={kind} is unknown; {_nearest(kind, tuple(KINDS))}")
-        paths = KINDS[kind][0]
-        _keys(entry, ("kind", "held_out", *paths), paths, where)
+        known = KINDS[kind]
+        _keys(entry, ("kind", "held_out", *known.keys), known.needed, where)
         held_out = entry.get("held_out", False)
         if not isinstance(held_out, bool):
             raise UserError(f"{where}.held_out={held_out} must be true or false")
-        places = {key: root / str(entry[key]) for key in paths}
-        found.append(RawSource(name=str(name), kind=kind, where=places, held_out=held_out))
+        places = {key: root / str(entry[key]) for key in known.paths if key in entry}
+        options = {key: str(entry[key]) for key in known.options if key in entry}
+        found.append(RawSource(name=str(name), kind=kind, where=places, options=options, held_out=held_out))
     return found
 
 
@@ -125,7 +128,7 @@ def _nearest(word: str, known: tuple[str, ...]) -> str:
 
 def _prepare_source(source: RawSource, out: Path, cfg: PrepareConfig, pool: Pool, console: Console) -> dict[str, Any]:
     started = time.monotonic()
-    units = KINDS[source.kind][1](source.where, cfg.shard_samples, map)
+    units = KINDS[source.kind].list_units(source.where, source.options, cfg.shard_samples, map)
     total = sum(unit.count for unit in units)
     before = _earlier(out / MANIFEST)
     tasks = [

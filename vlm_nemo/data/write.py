@@ -8,33 +8,12 @@ import tarfile
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_nemo.data.sample import Message
-from vlm_nemo.data.shards import FORMAT, HASH_BYTES, INDEX_SUFFIX, LENGTHS_INFIX, index_path
-
-
-class ShardImage(NamedTuple):
-    """An image to write."""
-
-    data: bytes
-    extension: str
-    width: int
-    height: int
-
-
-class ShardSample(NamedTuple):
-    """A sample to write."""
-
-    key: str
-    """Without dots."""
-    messages: list[Message]
-    kind: str | None
-    source_id: str
-    images: list[ShardImage]
+from vlm_nemo.data.shards import FORMAT, HASH_BYTES, INDEX_SUFFIX, LENGTHS_INFIX, ShardSample, index_path
 
 
 def write_shard(tar: Path, samples: Iterable[ShardSample]) -> int:

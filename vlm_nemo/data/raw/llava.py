@@ -1,0 +1,98 @@
+"""LLaVA's files: a JSON list (or JSON lines) of conversations, and a folder of images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_nemo.data.chat import check_images, check_turns
+from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, read_image, shard_image, stamp
+from vlm_nemo.data.sample import BAD_JSON, Message, SampleError
+from vlm_nemo.types import UserError
+
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaUnit:
+    """Rows of a LLaVA file; a row that could not be parsed is its text."""
+
+    rows: list[Any]
+    first: int
+    images: str
+    """Folder of the images."""
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        stamps = [stamp(Path(self.images) / name) for row in self.rows for name in _image_names(row) or ()]
+        return digest("llava", self.first, self.rows, stamps)
+
+    def read(self) -> Iterator[RawSample | RawDrop]:
+        for number, row in enumerate(self.rows, self.first):
+            name = f"row {number}"
+            if isinstance(row, dict) and "id" in row:
+                name += f" (id {row['id']})"
+            try:
+                yield _conversation(name, row, Path(self.images))
+            except SampleError as error:
+                yield RawDrop(name, error.reason, error.detail)
+
+
+def _conversation(name: str, row: Any, folder: Path) -> RawSample:
+    """A row of a LLaVA file."""
+    names = _image_names(row)
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if names is None or not isinstance(turns, list):
+        raise SampleError(BAD_JSON, "not an object with conversations (a list) and image (text or a list of texts)")
+    messages: list[Message] = []
+    for turn in turns:
+        speaker = _SPEAKERS.get(turn.get("from", "")) if isinstance(turn, dict) else None
+        if speaker is None or not isinstance(turn.get("value"), str):
+            raise SampleError(BAD_JSON, 'a turn is not {"from": human or gpt, "value": text}')
+        messages.append({"role": speaker, "content": turn["value"]})
+    check_images(messages, len(names))
+    check_turns(messages)
+    images = [shard_image(read_image(folder, image)) for image in names]
+    kind = row.get("kind")
+    return RawSample(name, messages, None if kind is None else str(kind), images)
+
+
+def _image_names(row: Any) -> list[str] | None:
+    """Names of a row's images; None if they are not text."""
+    names = row.get("image") if isinstance(row, dict) else None
+    if names is None:
+        return []
+    names = names if isinstance(names, list) else [names]
+    return names if all(isinstance(name, str) for name in names) else None
+
+
+def list_llava(where: dict[str, Path], options: dict[str, str], shard_samples: int, apply: Map) -> list[LlavaUnit]:
+    """Units of a LLaVA file: a JSON list, or JSON lines. Raises UserError if the file cannot be read at all."""
+    del options, apply
+    path = where["json"]
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = [_parse(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        if rows is None:
+            rows = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds a {type(rows).__name__}, not a list of conversations")
+    return [
+        LlavaUnit(rows=rows[first : first + shard_samples], first=first, images=str(where["images"]))
+        for first in range(0, len(rows), shard_samples)
+    ]
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
