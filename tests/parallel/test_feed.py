@@ -53,7 +53,7 @@ def open_feed(prepared: Path, ranks: Any, micro: int = 1) -> Any:
 def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
     """A few steps; what came of them, and what this rank read and was sent."""
     from vlm_nemo.data.feed import NO_TOKEN
-    from vlm_nemo.data.shards import ShardReader
+    from vlm_nemo.data.shards import ShardFolder
     from vlm_nemo.data.tokenizer import Tokenizer
     from vlm_nemo.model.batch import model_batch
     from vlm_nemo.model.build import build_model
@@ -61,11 +61,7 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
     from vlm_nemo.train import optim, step
     from vlm_nemo.types import IGNORE_INDEX
 
-    reads, read = [], ShardReader._read
-
-    def counting(self: Any, *where: Any) -> bytes:
-        reads.append(where)
-        return read(self, *where)
+    reads, images, record = [], ShardFolder.images, ShardFolder.record
 
     parallel, cfg = ParallelConfig(**layout), tiny.tiny_model()
     cfg.language.vocab_size = 320
@@ -75,7 +71,8 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
     found: dict[str, Any] = {"history": [], "books": []}
     with device.adapter():
         ranks = groups.start(parallel, seed=0)
-        ShardReader._read = counting  # type: ignore[method-assign]
+        ShardFolder.images = lambda self, n: (reads.append(n), images(self, n))[1]  # type: ignore[method-assign]
+        ShardFolder.record = lambda self, n: (reads.append(n), record(self, n))[1]  # type: ignore[method-assign]
         feed = open_feed(prepared, ranks, micro)
         chunks = build_model(cfg, parallel, "fp32", seed=0)
         optim.freeze(chunks, optim.part_rates(rates))
@@ -103,7 +100,7 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
             assert (has_tokens, has_images) == (ranks.first_stage, ranks.first_stage)
             assert has_labels == (ranks.last_stage or reader)
         feed.close()
-        ShardReader._read = read  # type: ignore[method-assign]
+        ShardFolder.images, ShardFolder.record = images, record  # type: ignore[method-assign]
         found["reads"] = len(reads)
         found["reader"] = reader
     return found
