@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlm_nemo.data.header import PIL_ERRORS, open_image, read_header
 from vlm_nemo.data.layout import ImageSpec
@@ -55,7 +55,7 @@ def decode_images(
 def decode_pixels(data: bytes) -> Pixels:
     """[H, W, 3] uint8: upright, first frame, alpha over white. Raises SampleError ("broken image", "image size")."""
     header = read_header(data)
-    return _upright(_decode_jpeg(data), header.orientation) if header.fast_jpeg else _decode_any(data)
+    return _upright(_decode_jpeg(data) if header.fast_jpeg else _decode_any(data), header.orientation)
 
 
 def square_image(pixels: Pixels, spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
@@ -109,11 +109,10 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _decode_any(data: bytes) -> Pixels:
-    """[H, W, 3]: first frame, upright, alpha over white, 16 bits to 8."""
+    """[H, W, 3]: first frame, alpha over white, 16 bits to 8."""
     image = open_image(data)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
         return np.array(_to_rgb(image))
     except PIL_ERRORS as error:
         raise SampleError(BROKEN_IMAGE, f"{image.format}: {type(error).__name__}") from None
