@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image, ImageOps
 
 from tests.data.bombs import png_file, sixteen_bit_png
 from tests.data.raw_data import picture
+from vlm_nemo.data import image
 from vlm_nemo.data.header import read_header
-from vlm_nemo.data.image import Resize, decode_image, decode_pixels, pil_resize
+from vlm_nemo.data.image import Resize, decode_image, decode_images, decode_pixels, pil_resize
 from vlm_nemo.data.layout import ImageSpec, count_tokens, image_spec
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import BROKEN_IMAGE, IMAGE_SIZE, SampleError
@@ -190,6 +192,39 @@ def test_pixels_are_pils_in_every_mode(name: str) -> None:
     assert np.abs(found - over_white(EVERY_MODE[name])).max() <= (
         1 if "A" in name.split(" ", 1)[-1] or "alpha" in name else 0
     )
+
+
+def test_images_do_not_share_memory() -> None:
+    # Decoding goes through memory that a thread uses again and again; what it hands out must not lie there
+    datas = [picture(i, (48, 48)) for i in range(3)]
+    for size in (48, 20):
+        together = decode_images(datas, spec(size, "pad"))
+        alone = [decode_image(data, spec(size, "pad")) for data in datas]
+        kept = [pixels.copy() for pixels in alone]
+        decode_image(picture(9, (48, 48)), spec(size, "pad"))
+        assert np.array_equal(alone, kept) and np.array_equal(together, kept)
+        single = decode_images(datas[:1], spec(size, "pad"))
+        assert single.shape == (1, 3, size, size) and np.array_equal(single[0], kept[0])
+    whole = decode_pixels(datas[0])
+    before = whole.copy()
+    decode_pixels(datas[1])
+    decode_image(datas[2], spec(48, "pad"))
+    assert np.array_equal(whole, before)
+
+
+def test_threads_decode_what_one_does() -> None:
+    datas = [picture(i, (60 + i, 50)) for i in range(24)] * 4
+    expected = [decode_image(data, spec(32, "pad"), torch_resize) for data in datas]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda data: decode_image(data, spec(32, "pad"), torch_resize), datas))
+    assert np.array_equal(found, expected)
+
+
+def test_an_image_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = picture(1, (500, 333))
+    expected = decode_image(data, spec(64, "pad"))
+    monkeypatch.setattr(image._THREAD, "scratch", np.empty(500 * 333 * 3 - 1, dtype=np.uint8))
+    assert np.array_equal(decode_image(data, spec(64, "pad")), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

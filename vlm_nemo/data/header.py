@@ -29,7 +29,9 @@ _TILE_SIDES = (322, 323)
 _LARGE_TILE = 1 << 20
 """Pixels; a tile of a TIFF may be larger than the picture, but then at most this."""
 _JPEG_ORIENTED = (b"Exif\0\0", b"tiff:Orientation")
-"""What lies near the beginning of a JPEG that may have to be turned: EXIF, or XMP that says so."""
+"""What lies before the pixels of a JPEG that may have to be turned: EXIF, or XMP that says so."""
+_JPEG_SCAN = b"\xff\xda"
+"""Here the pixels of a JPEG begin, or those of the thumbnail in its EXIF."""
 PIL_ERRORS = (Exception,)
 """What PIL raises on files that are not what they claim to be: its plugins let anything through, TypeError too."""
 
@@ -56,7 +58,8 @@ def read_header(data: bytes) -> Header:
             raise SampleError(BROKEN_IMAGE, f"JPEG header: {error}") from None
         check_size(width, height)
         fast = colour in ("YCbCr", "RGB", "Gray")
-        if fast and all(data.find(word, 0, 1 << 16) < 0 for word in _JPEG_ORIENTED):
+        scan = data.find(_JPEG_SCAN)
+        if fast and all(data.find(word, 0, scan) < 0 for word in _JPEG_ORIENTED):
             return Header(width, height, "jpg", True, 1)
     else:
         fast = False
