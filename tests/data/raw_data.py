@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig, PackConfig, PrepareConfig, SourceConfig
 from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, write_lengths
 from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.sample import Record, SampleError
+from vlm_nemo.data.shards import ShardReader
+from vlm_nemo.data.tokenizer import Tokenizer
 
 SPEC = ImageSpec(size=32, tokens=4, aspect="pad", mean=(0.5, 0.5, 0.5))
 
@@ -122,3 +127,20 @@ def data_config(prepared: Path, **changes: Any) -> DataConfig:
         "global_packs": 4,
     }
     return DataConfig(**(given | changes))
+
+
+def write_all_lengths(prepared: Path, template: str = "short") -> None:
+    """Put the lengths beside every shard of `make_prepared`'s sources."""
+    tokenizer = Tokenizer(prepared / "tokenizer")
+    name = fingerprint(tokenizer, TEMPLATES[template])
+    for tar in prepared.glob("*/*.tar"):
+        reader = ShardReader(tar)
+        records = [_record_or_error(reader, i) for i in range(len(reader))]
+        write_lengths(lengths_path(tar, name), measure(records, tokenizer, TEMPLATES[template]))
+
+
+def _record_or_error(reader: ShardReader, number: int) -> Record | SampleError:
+    try:
+        return reader.record(number)
+    except SampleError as error:
+        return error

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
+from safetensors.numpy import load_file, save_file
 
 from tests.data.raw_data import picture
 from vlm_nemo.data.sample import BAD_JSON, SampleError
-from vlm_nemo.data.shards import ShardFolder, ShardImage, ShardReader, ShardSample, index_path, write_shard
+from vlm_nemo.data.shards import EXCLUDED, ShardFolder, ShardReader, index_path
+from vlm_nemo.data.write import ShardImage, ShardSample, image_hash, write_shard
 from vlm_nemo.types import UserError
 
 
@@ -117,3 +121,81 @@ def test_many_shards_do_not_need_many_open_files(prepared: Path, monkeypatch: py
     assert len(shards._open) == 1
     with pytest.raises(IndexError):
         shards.record(len(shards))
+
+
+def test_sizes_and_image_hashes_are_in_the_index(copy: Path) -> None:
+    shards = ShardFolder(copy)
+    assert [shards.sizes(i) for i in range(len(shards))] == [[(40, 30)]] * len(shards)
+    index = load_file(index_path(copy / "00000.tar"))
+    assert index["image_hash"].shape == (25, 16) and index["image_hash"].dtype == np.uint8
+    assert index["image_hash"][3].tobytes() == image_hash(shards.images(3)[0])
+
+
+def test_an_older_format_is_named(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"format": "vlm_nemo.shard.1"}))
+    with pytest.raises(UserError, match=r"another version \(vlm_nemo.shard.1.*run `vlm-nemo prepare` again"):
+        ShardFolder(copy)
+    index = index_path(copy / "00000.tar")
+    save_file(load_file(index), index, metadata={"vlm_nemo.shard.1": "1"})
+    with pytest.raises(UserError, match="another version"):
+        ShardReader(copy / "00000.tar")
+
+
+def exclude(folder: Path, records: list[int], sha256: str | None = None) -> None:
+    path = folder / EXCLUDED
+    save_file({"records": np.array(records, dtype=np.int64)}, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"excluded": {"sha256": digest}}))
+
+
+@pytest.mark.parametrize("excluded", [[], [0], [59], [0, 1, 24, 25, 26, 58, 59], list(range(59))])
+def test_excluded_records_are_passed_over(copy: Path, excluded: list[int]) -> None:
+    whole = ShardFolder(copy)
+    keys = [whole.key(i) for i in range(len(whole))]
+    exclude(copy, excluded)
+    shards = ShardFolder(copy)
+    kept = [i for i in range(60) if i not in excluded]
+    assert [shards.key(i) for i in range(len(shards))] == [keys[i] for i in kept]
+    with pytest.raises(IndexError):
+        shards.record(len(kept))
+    for tar in sorted(copy.glob("*.tar")):
+        first, count = {"00000.tar": (0, 25), "00001.tar": (25, 5), "00002.tar": (30, 25), "00003.tar": (55, 5)}[
+            tar.name
+        ]
+        save_file(
+            {"text_tokens": np.arange(first, first + count, dtype=np.int32)}, f"{tar}.lengths-0123456789ab.safetensors"
+        )
+    lengths = shards.text_tokens("0123456789ab")
+    assert lengths is not None and lengths.tolist() == kept and lengths.dtype == np.int32
+
+
+@pytest.mark.parametrize("records", [[3, 3], [-1, 2], [5, 60], list(range(60))])
+def test_a_wrong_list_of_excluded_records_is_refused(copy: Path, records: list[int]) -> None:
+    exclude(copy, records)
+    with pytest.raises(UserError, match=r"excluded\.safetensors"):
+        ShardFolder(copy)
+
+
+def test_another_list_of_excluded_records_is_refused(copy: Path) -> None:
+    exclude(copy, [3], sha256="0" * 64)
+    with pytest.raises(UserError, match=r"excluded\.safetensors is not the file that manifest\.json names"):
+        ShardFolder(copy)
+    (copy / EXCLUDED).unlink()
+    with pytest.raises(UserError, match=r"excluded\.safetensors cannot be read"):
+        ShardFolder(copy)
+
+
+def test_lengths_of_other_shards_are_refused(copy: Path) -> None:
+    shards = ShardFolder(copy)
+    assert shards.text_tokens("0123456789ab") is None
+    for tar in copy.glob("*.tar"):
+        save_file({"text_tokens": np.zeros(25, dtype=np.int32)}, f"{tar}.lengths-0123456789ab.safetensors")
+    with pytest.raises(UserError, match=r"00001\.tar\.lengths-0123456789ab\.safetensors is int32 \(25,\).*5 records"):
+        shards.text_tokens("0123456789ab")
+    (copy / "00003.tar.lengths-0123456789ab.safetensors").unlink()
+    (copy / "00001.tar.lengths-0123456789ab.safetensors").unlink()
+    assert shards.text_tokens("0123456789ab") is None
+    write_shard(copy / "00000.tar", [])
+    assert not (copy / "00000.tar.lengths-0123456789ab.safetensors").exists()

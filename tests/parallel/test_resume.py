@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,8 +116,8 @@ def signalled_run(words: list[str]) -> int:
 
     judge, done = Trainer._judge, []
 
-    def judging(self: Trainer) -> None:
-        judge(self)
+    def judging(self: Trainer, books: Any) -> None:
+        judge(self, books)
         done.append(self)
         if len(done) == 2 and self.ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)

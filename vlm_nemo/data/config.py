@@ -13,8 +13,15 @@ class SourceConfig:
 
     path: str = MISSING
     """The folder."""
-    weight: float = 1.0
-    """Share of the samples drawn, relative to the other sources; 0 leaves the source out."""
+    weight: float | None = None
+    """Share of the samples drawn, relative to the other sources; null = 1, 0 leaves the source out."""
+    epochs: float | None = None
+    """Instead of a weight: how often one cycle of the blend goes through the source, as 1 or 0.25. All sources then
+    have epochs or samples, and each cycle is one random order of all its samples."""
+    samples: int | None = None
+    """Instead of a weight: samples of the source in one cycle of the blend."""
+    max_bad_fraction: float | None = None
+    """Stop when more than this share of the source's samples had to be dropped; null = data.max_bad_fraction."""
 
 
 @dataclass(kw_only=True)
@@ -25,6 +32,8 @@ class PackConfig:
     """Length of every packed row, tokens."""
     pool: int = 64
     """Samples to choose from when a row is filled; the oldest always goes in."""
+    vision_capacity: int | None = None
+    """Most patches that the vision tower computes for a row; null = no limit."""
 
 
 @dataclass(kw_only=True)
@@ -61,16 +70,18 @@ class DataConfig:
     pack: PackConfig = field(default_factory=PackConfig)
     global_packs: int = 8
     """Packed rows in one optimizer step, over all data-parallel ranks."""
+    micro_packs: int = 1
+    """Packed rows in one forward pass."""
     shuffle: bool = True
-    """Draw in a random order that depends on the seed alone."""
+    """Draw in a random order that depends on the seed alone; false = each source in its files' order."""
     threads: int = 2
-    """Decoding threads a rank."""
+    """Decoding threads a replica of the model; 0 = decode where rows are planned."""
     prefetch: int = 2
     """Optimizer steps of data prepared ahead."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this share of the samples seen had to be dropped."""
+    """Stop when more than this share of a source's samples seen had to be dropped."""
     min_samples_before_stop: int = 100
-    """Samples to see before max_bad_fraction is judged."""
+    """Samples of a source to see before max_bad_fraction is judged."""
 
 
 @dataclass(kw_only=True)

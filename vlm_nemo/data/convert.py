@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_nemo.data.raw import RawDrop, Unit
-from vlm_nemo.data.shards import ShardSample, index_path, write_shard
+from vlm_nemo.data.shards import index_path
+from vlm_nemo.data.write import ShardSample, write_shard
 
 PARALLEL_SAMPLES = 2000
 """Below this, starting processes costs more than it saves."""

@@ -24,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm_nemo.data.bpe import train_tokenizer
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.convert import Pool, Task
+from vlm_nemo.data.folders import open_folder
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.raw import KINDS
-from vlm_nemo.data.shards import FORMAT, MANIFEST, ShardFolder
+from vlm_nemo.data.shards import FORMAT, MANIFEST
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 log = logging.getLogger(__name__)
@@ -208,13 +209,7 @@ def _save(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _ledger(manifests: dict[str, dict[str, Any]]) -> Ledger:
     """All sources' samples, in the same form as a training run's ledger."""
-    return Ledger.from_json(
-        {
-            "seen": sum(m["seen"] for m in manifests.values()),
-            "used": sum(m["records"] for m in manifests.values()),
-            "dropped": {name: m["dropped"] for name, m in manifests.items() if m["dropped"]},
-        }
-    )
+    return Ledger.of({name: (m["records"], m["dropped"]) for name, m in manifests.items()})
 
 
 def _tally(dropped: dict[str, int]) -> str:
@@ -232,7 +227,7 @@ def _prepare_tokenizer(out: Path, manifests: dict[str, dict[str, Any]], vocab: i
 
     def texts() -> Iterator[str]:
         for name in manifests:
-            shards = ShardFolder(out / name)
+            shards = open_folder(str(out / name))
             for number in range(len(shards)):
                 for message in shards.record(number).messages:
                     yield message["content"].replace(IMAGE_MARKER, "")

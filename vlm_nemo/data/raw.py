@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.header import read_header
 from vlm_nemo.data.sample import BAD_JSON, EMPTY_CAPTION, MISSING_IMAGE, Message, SampleError
-from vlm_nemo.data.shards import ShardImage
+from vlm_nemo.data.write import ShardImage
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 _IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif")

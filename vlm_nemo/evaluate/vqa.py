@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from vlm_nemo.data.chat import encode_prompt
+from vlm_nemo.data.folders import open_folder
 from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.sample import Message
-from vlm_nemo.data.shards import ShardFolder
 from vlm_nemo.evaluate.config import EvaluateConfig
 from vlm_nemo.infer import replicas
 from vlm_nemo.infer.engine import Prompt
@@ -74,7 +74,7 @@ def read_questions(path: str, limit: int | None) -> list[Question]:
 
     Raises UserError if a record does not end with an assistant turn.
     """
-    folder = ShardFolder(path, key="evaluate.data")
+    folder = open_folder(path, key="evaluate.data")
     taken: Counter[str] = Counter()
     found = []
     for number in range(len(folder)):
