@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -197,3 +199,32 @@ def test_positions_restart_in_every_segment(lengths: list[int]) -> None:
     assert segment_positions(lengths).tolist() == expected
     assert rope_positions(lengths).tolist() == [expected] * 3
     assert cumulative(lengths).tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+
+_TEAM = """
+import os, threading
+import numpy as np, torch
+from vlm_nemo.data.packing import pack_batch
+from vlm_nemo.data.resize import torch_resize
+from vlm_nemo.data.sample import EncodedSample
+
+torch.set_num_threads(4)
+images = torch.zeros(2, 3, 336, 336, dtype=torch.uint8)
+samples = [EncodedSample(tokens=[1] * 1000, labels=[1] * 1000, images=images) for _ in range(4)]
+
+def work():
+    before = len(os.listdir("/proc/self/task"))
+    pack_batch(samples, 4096, 0, 336)
+    torch_resize(np.zeros((480, 640, 3), np.uint8), 336, 448)
+    print(len(os.listdir("/proc/self/task")) - before)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+def test_no_openmp_team_is_started() -> None:
+    # A data thread with a team of its own burns CPU: the team spins after every operation
+    child = subprocess.run([sys.executable, "-c", _TEAM], capture_output=True, text=True, check=False)
+    assert child.stdout.strip() == "0", child.stdout + child.stderr[-1000:]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from vlm_nemo.data.positions import cumulative, rope_positions
@@ -182,13 +183,16 @@ def pack_batch(samples: Sequence[EncodedSample], capacity: int, pad_id: int, ima
     tokens += [pad_id] * padding
     labels += [IGNORE_INDEX] * padding
     segments = lengths + [padding] if padding else lengths
-    images = [sample.images for sample in samples if len(sample.images)]
+    # Not torch.cat: see positions.py
+    images = [sample.images.numpy() for sample in samples if len(sample.images)]
     return PackedBatch(
         tokens=torch.tensor(tokens),
         labels=torch.tensor(labels),
         positions=rope_positions(segments),
         cu_seqlens=cumulative(segments),
-        images=torch.cat(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+        images=torch.from_numpy(np.concatenate(images))
+        if images
+        else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
         samples=len(samples),
         used_tokens=used,
     )
