@@ -274,7 +274,7 @@ def read_manifest(store: Store, key: str) -> dict[str, Any] | None:
         raise UserError(f"{where} is damaged ({error!r}); {_AGAIN}") from None
     if version != FORMAT:
         raise UserError(f"{key}={store.url} was prepared by another version ({version}, not {FORMAT}); {_AGAIN}")
-    if bad := next((name for name in names if Path(name).name != name), None):
+    if bad := next((name for name in names if Path(name).name != name or not name.endswith(".tar")), None):
         raise UserError(f"{where} names the shard {bad!r}, which is not a file of that folder")
     if not complete:
         raise UserError(f"{key}={store.url} is half prepared; {_AGAIN}, it goes on from there")
