@@ -16,11 +16,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 FAULTS = ("status 500", "status 429", "short", "drop", "cut", "stall")
+STALLS_SELDOM = (*FAULTS[:-1] * 4, FAULTS[-1])
+"""A stall costs a test the whole time limit."""
 STALL_SECONDS = 3.0
 
 
 class FolderServer(ThreadingHTTPServer):
-    """Serves `folder`; `faulty` is the share of GET requests that go wrong, each in one of FAULTS."""
+    """Serves `folder`; `faulty` is the share of requests that go wrong, each in one of `faults`."""
 
     daemon_threads = True
 
@@ -90,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
                 first, last = (int(part) for part in asked.removeprefix("bytes=").split("-"))
                 headers["Content-Range"] = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
                 data, status = data[first : last + 1], 206
-        if fault == "short" and len(data) > 1:  # fewer bytes, and the header agrees with it
+        if fault == "short" and body and len(data) > 1:  # fewer bytes, and the header agrees with it
             data = data[: server.random.randrange(1, len(data))]
         self.send_response(status)
         for key, value in headers.items():

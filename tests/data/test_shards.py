@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.data.raw_data import picture
 from vlm_nemo.data.sample import BAD_JSON, SampleError
-from vlm_nemo.data.shards import EXCLUDED, ShardFolder, ShardImage, ShardSample, index_path, open_shard
+from vlm_nemo.data.shards import EXCLUDED, ShardFolder, ShardImage, ShardReader, ShardSample, index_path
 from vlm_nemo.data.write import image_hash, write_shard
 from vlm_nemo.types import UserError
 
@@ -41,7 +41,7 @@ def test_many_images_keep_their_order(tmp_path: Path) -> None:
     images = [ShardImage(data, "jpg", 16 + i, 16) for i, data in enumerate(encoded)]
     sample = ShardSample("0", [{"role": "user", "content": "<image>" * 12}], None, "x", images)
     assert write_shard(tmp_path / "00000.tar", [sample]) == 1
-    reader = open_shard(tmp_path / "00000.tar")
+    reader = ShardReader(tmp_path / "00000.tar")
     assert reader.images(0) == encoded and reader.record(0).sizes == [(16 + i, 16) for i in range(12)]
     assert not list(tmp_path.glob("*.part"))
 
@@ -140,7 +140,7 @@ def test_an_older_format_is_named(copy: Path) -> None:
     index = index_path(copy / "00000.tar")
     save_file(load_file(index), index, metadata={"vlm_nemo.shard.1": "1"})
     with pytest.raises(UserError, match="another version"):
-        open_shard(copy / "00000.tar")
+        ShardReader(copy / "00000.tar")
 
 
 def exclude(folder: Path, records: list[int], sha256: str | None = None) -> None:

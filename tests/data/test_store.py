@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -222,6 +223,13 @@ def test_hard_use_from_many_threads(server: FolderServer, folder: Path) -> None:
     assert got == [whole[offset : offset + size] for offset, size in spans]
     assert set(server.made) == {"", *FAULTS}
     assert psutil.Process().num_fds() < 200 and threading.active_count() < 60
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url, module in (("s3://bucket/x", "s3fs"), ("gs://bucket/x", "gcsfs")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=f"^{url} cannot be read: [^\n]*{module}"):
+            open_store(url, QUICK)
 
 
 def test_secrets_are_not_shown() -> None:

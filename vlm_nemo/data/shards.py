@@ -71,8 +71,15 @@ def index_path(tar: Path) -> Path:
 class ShardReader:
     """One shard, read by record number. Threads may share it."""
 
-    def __init__(self, tar: File, index: bytes) -> None:
-        """Raises UserError if tar and index do not belong together."""
+    def __init__(self, tar: Path | File, index: bytes | None = None) -> None:
+        """tar: a file of a store, with the bytes of its index; or a path, beside which the index lies.
+
+        Raises UserError if one cannot be read, or they do not belong together.
+        """
+        if isinstance(tar, Path):
+            store, name = LocalStore(tar.parent), tar.name
+            tar, index = store.open(name), store.read_all(name + INDEX_SUFFIX)
+        assert index is not None
         where = tar.where
         columns = read_index(index, where)
         made_for = int(columns.pop("tar_size")[0])
@@ -85,7 +92,7 @@ class ShardReader:
             ):
                 raise UserError(f"the index of shard {where} points outside of it; {_AGAIN}")
         self.where = where
-        self._read = tar.read
+        self._tar = tar
         # array, not NumPy's: an element is an int already; not lists, which take five times as much
         self._record_offset, self._record_size, self._image_start, self._image_offset, self._image_size = (
             array("q", columns[name].astype(np.int64).tobytes())
@@ -113,11 +120,8 @@ class ShardReader:
         key = header.split(b"\0", 1)[0].decode("utf-8", "replace").removesuffix(".json")
         return f"{self.where.rpartition('/')[2]}/{key}"
 
-
-def open_shard(tar: Path) -> ShardReader:
-    """A shard on this machine. Raises UserError if it cannot be read."""
-    store = LocalStore(tar.parent)
-    return ShardReader(store.open(tar.name), store.read_all(tar.name + INDEX_SUFFIX))
+    def _read(self, offset: int, size: int) -> bytes:
+        return self._tar.read(offset, size)
 
 
 def read_index(data: bytes, where: str) -> dict[str, np.ndarray]:
@@ -274,7 +278,7 @@ def read_manifest(store: Store, key: str) -> dict[str, Any] | None:
         raise UserError(f"{where} is damaged ({error!r}); {_AGAIN}") from None
     if version != FORMAT:
         raise UserError(f"{key}={store.url} was prepared by another version ({version}, not {FORMAT}); {_AGAIN}")
-    if bad := next((name for name in names if Path(name).name != name), None):
+    if bad := next((name for name in names if Path(name).name != name or not name.endswith(".tar")), None):
         raise UserError(f"{where} names the shard {bad!r}, which is not a file of that folder")
     if not complete:
         raise UserError(f"{key}={store.url} is half prepared; {_AGAIN}, it goes on from there")
