@@ -17,8 +17,8 @@ from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.duplicates import count_copies, find_duplicates
 from vlm_nemo.data.prepare import prepare
 from vlm_nemo.data.sample import DUPLICATE, FILTERED
-from vlm_nemo.data.shards import ShardFolder
-from vlm_nemo.data.write import ShardImage, ShardSample, write_shard
+from vlm_nemo.data.shards import ShardFolder, ShardImage, ShardSample
+from vlm_nemo.data.write import write_shard
 
 
 def write_images(folder: Path, records: list[list[int]], per_shard: int = 3) -> list[Path]:

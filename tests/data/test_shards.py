@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.data.raw_data import picture
 from vlm_nemo.data.sample import BAD_JSON, SampleError
-from vlm_nemo.data.shards import EXCLUDED, ShardFolder, ShardReader, index_path
-from vlm_nemo.data.write import ShardImage, ShardSample, image_hash, write_shard
+from vlm_nemo.data.shards import EXCLUDED, ShardFolder, ShardImage, ShardReader, ShardSample, index_path
+from vlm_nemo.data.write import image_hash, write_shard
 from vlm_nemo.types import UserError
 
 
@@ -114,11 +114,12 @@ def test_a_broken_record_is_bad_json(copy: Path, text: bytes) -> None:
 
 
 def test_many_shards_do_not_need_many_open_files(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_nemo.data.shards.OPEN_SHARDS", 1)
+    monkeypatch.setattr("vlm_nemo.data.numbered.KEPT_RECORDS", 1)
+    monkeypatch.setattr("vlm_nemo.data.store.OPEN_FILES", 1)
     shards = ShardFolder(prepared / "captions")
     expected = [ShardFolder(prepared / "captions").images(i) for i in range(len(shards))]
     assert [shards.images(i) for i in reversed(range(len(shards)))][::-1] == expected
-    assert len(shards._open) == 1
+    assert len(shards._readers) == 1
     with pytest.raises(IndexError):
         shards.record(len(shards))
 

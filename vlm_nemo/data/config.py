@@ -16,8 +16,8 @@ class SourceConfig:
     weight: float | None = None
     """Share of the samples drawn, relative to the other sources; null = 1, 0 leaves the source out."""
     epochs: float | None = None
-    """Instead of a weight: how often one cycle of the blend goes through the source, as 1 or 0.25; all sources then have
-    epochs or samples, and each cycle is one random order of all its samples."""
+    """Instead of a weight: how often one cycle of the blend goes through the source, as 1 or 0.25. All sources then
+    have epochs or samples, and each cycle is one random order of all its samples."""
     samples: int | None = None
     """Instead of a weight: samples of the source in one cycle of the blend."""
     max_bad_fraction: float | None = None
@@ -57,6 +57,22 @@ class AugmentConfig:
 
 
 @dataclass(kw_only=True)
+class StoreConfig:
+    """How bytes come from HTTP and object stores (`vlm_nemo.data.store`, `vlm_nemo.data.cache`)."""
+
+    cache_dir: str = "~/.cache/vlm_nemo"
+    """Folder on a local disk: what was fetched, and the indexes of tars that came without one."""
+    cache_gb: float = 50.0
+    """Size limit of what was fetched, GB; the least used goes first. 0 = keep nothing."""
+    tries: int = 8
+    """How often a request is made before the run stops."""
+    timeout: float = 30.0
+    """Seconds that one request (a megabyte at most) may take."""
+    wait: float = 0.5
+    """Seconds before the second try, doubled for each further one."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """What is read, and how it is packed (`vlm_nemo.data.loader`)."""
 
@@ -82,6 +98,8 @@ class DataConfig:
     """Stop when more than this share of a source's samples seen had to be dropped."""
     min_samples_before_stop: int = 100
     """Samples of a source to see before max_bad_fraction is judged."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Remote sources: tries, time limits, cache."""
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,8 @@ from typing import Any
 from vlm_nemo.data.filters import Rule, first_refusal
 from vlm_nemo.data.raw.unit import RawDrop, Unit
 from vlm_nemo.data.sample import FILTERED
-from vlm_nemo.data.shards import index_path
-from vlm_nemo.data.write import ShardSample, write_shard
+from vlm_nemo.data.shards import ShardSample, index_path
+from vlm_nemo.data.write import write_shard
 
 EXAMPLES = 3
 """Names kept of the samples that a rule of the filter left out; there may be millions."""

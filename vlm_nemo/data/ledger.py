@@ -32,7 +32,7 @@ class Account:
         return self.used + self.bad
 
     def worst(self) -> str:
-        """"17 broken image (00012.tar/000120034), 2 too long (…)", the commonest first."""
+        """ "17 broken image (00012.tar/000120034), 2 too long (…)", the commonest first."""
         listed = sorted(self.dropped.items(), key=lambda entry: (-entry[1], entry[0]))
         named = ((n, reason, self.examples.get(reason)) for reason, n in listed)
         return ", ".join(f"{n} {reason}" + (f" ({key})" if key else "") for n, reason, key in named) or "none"
@@ -107,8 +107,8 @@ class Ledger:
         key: str = "data.max_bad_fraction",
         own: Mapping[str, float] | None = None,
     ) -> None:
-        """Raises UserError if more than `max_bad_fraction` of at least `min_samples` seen had to be dropped, of a source
-        or of all sources that have no budget of their own together.
+        """Raises UserError if more than `max_bad_fraction` of at least `min_samples` seen had to be dropped: of one
+        source, or of all that have no budget of their own together.
 
         key: the limit's name in the configuration, for the message; own: {source: its own limit}.
         """
@@ -143,9 +143,8 @@ class Ledger:
             lines.append(("all", f"{self.seen:,}", f"{self.used:,}", f"{self.total_dropped:,}", ""))
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         return "\n".join(
-            f"{line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]:>{widths[3]}}  {line[4]}"
-            .rstrip()
-            for line in lines
+            "  ".join((name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:]), said)).rstrip()
+            for name, *numbers, said in lines
         )
 
     def to_json(self) -> dict[str, Any]:

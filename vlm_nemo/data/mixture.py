@@ -47,7 +47,9 @@ def drawn(sources: Mapping[str, SourceConfig]) -> list[str]:
             if not 0 <= value < float("inf"):
                 raise UserError(f"data.sources.{name}.{key}={value} must be a number of at least 0")
     blend = _is_blend(sources)
-    if blend and (left := [name for name, source in sources.items() if source.epochs is None and source.samples is None]):
+    if blend and (
+        left := [name for name, source in sources.items() if source.epochs is None and source.samples is None]
+    ):
         other = next(name for name in sources if name not in left)
         raise UserError(
             f"data.sources.{left[0]} has {'a weight' if sources[left[0]].weight is not None else 'no share'}, "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from vlm_nemo.data.positions import cumulative, rope_positions
@@ -100,19 +101,19 @@ def _fill(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def _fill_within(lengths: Sequence[int], room: int, costs: Sequence[int], cost_room: int) -> list[int]:
-    """Bit `level * stride + sum`: some subset of that cost level has that sum. A sum that overflows its block lands
-    in the block's upper half, which the mask clears."""
+    """Bit `level * stride + sum`: some subset of that cost level has that sum. Between two blocks lies room for a sum
+    that overflows, which the mask clears."""
     unit = math.gcd(*costs)
     if cost_room // unit <= LEVELS:
         levels, level_of = cost_room // unit, [cost // unit for cost in costs]
     else:
         levels, level_of = LEVELS, [-(-cost * LEVELS // cost_room) for cost in costs]
-    stride = 2 * (room + 1)
-    mask = _repeat((1 << (room + 1)) - 1, stride, levels + 1)
-    brim = _repeat(1 << room, stride, levels + 1)
     # What cannot go in at all moves nothing: a step of 0 leaves `reach` as it was
     fits = [n <= room and level <= levels for n, level in zip(lengths, level_of, strict=True)]
+    stride = room + 1 + max((n for n, fit in zip(lengths, fits, strict=True) if fit), default=0)
     steps = [level * stride + n if fit else 0 for n, level, fit in zip(lengths, level_of, fits, strict=True)]
+    mask = _repeat((1 << (room + 1)) - 1, stride, levels + 1)
+    brim = _repeat(1 << room, stride, levels + 1)
     reach = [1]
     for step in steps:
         reach.append((reach[-1] | reach[-1] << step) & mask)
@@ -182,13 +183,16 @@ def pack_batch(samples: Sequence[EncodedSample], capacity: int, pad_id: int, ima
     tokens += [pad_id] * padding
     labels += [IGNORE_INDEX] * padding
     segments = lengths + [padding] if padding else lengths
-    images = [sample.images for sample in samples if len(sample.images)]
+    # Not torch.cat: see positions.py
+    images = [sample.images.numpy() for sample in samples if len(sample.images)]
     return PackedBatch(
         tokens=torch.tensor(tokens),
         labels=torch.tensor(labels),
         positions=rope_positions(segments),
         cu_seqlens=cumulative(segments),
-        images=torch.cat(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+        images=torch.from_numpy(np.concatenate(images))
+        if images
+        else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
         samples=len(samples),
         used_tokens=used,
     )

@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
-import threading
-from bisect import bisect_right
-from collections import OrderedDict
-from itertools import accumulate
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
-from vlm_nemo.data.sample import BAD_JSON, Record, SampleError
+from vlm_nemo.data.cache import Cache, CachedStore
+from vlm_nemo.data.config import StoreConfig
+from vlm_nemo.data.numbered import NumberedFolder
+from vlm_nemo.data.sample import BAD_JSON, Message, Record, SampleError
+from vlm_nemo.data.store import File, LocalStore, MissingFile, Store
 from vlm_nemo.types import UserError
 
 FORMAT = "vlm_nemo.shard.2"
@@ -36,10 +38,32 @@ INDEX_SUFFIX = ".index.safetensors"
 LENGTHS_INFIX = ".lengths-"
 HASH_BYTES = 16
 """blake2b-128 of an encoded image."""
-OPEN_SHARDS = 256
-"""Shards of a source held open at a time; well below the usual limit of 1024 files a process."""
 _AGAIN = "run `vlm-nemo prepare` again"
+_SIDES = ("width", "height")
+_decode = json.JSONDecoder().decode
 _ROLES = ("system", "user", "assistant")
+
+
+class ShardImage(NamedTuple):
+    """An image to write."""
+
+    data: bytes
+    extension: str
+    width: int
+    height: int
+
+
+class ShardSample(NamedTuple):
+    """A sample to write."""
+
+    key: str
+    """Without dots."""
+    messages: list[Message]
+    kind: str | None
+    source_id: str
+    images: list[ShardImage]
+    facts: Mapping[str, float | str] = {}
+    """What the raw data says about it; written beside the messages."""
 
 
 def index_path(tar: Path) -> Path:
@@ -50,71 +74,93 @@ def index_path(tar: Path) -> Path:
 class ShardReader:
     """One shard, read by record number. Threads may share it."""
 
-    def __init__(self, tar: Path) -> None:
-        """Raises UserError if the tar or its index is missing, or they do not belong together."""
-        self.tar = tar
-        try:
-            with safe_open(index_path(tar), framework="np") as index:
-                made_for = index.metadata() or {}
-                columns = {name: index.get_tensor(name) for name in index.keys() if name != "image_hash"}
-            self._file = open(tar, "rb", buffering=0)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"shard {tar} cannot be read ({error}); {_AGAIN}") from None
-        size = os.fstat(self._file.fileno()).st_size
-        if FORMAT not in made_for:
-            raise UserError(f"shard {tar} was written by another version (not {FORMAT}); {_AGAIN}")
-        if made_for[FORMAT] != str(size):
-            raise UserError(f"shard {tar} has {size} bytes, its index was made for {made_for[FORMAT]}; {_AGAIN}")
+    def __init__(self, tar: Path | File, index: bytes | None = None) -> None:
+        """tar: a file of a store, with the bytes of its index; or a path, beside which the index lies.
+
+        Raises UserError if one cannot be read, or they do not belong together.
+        """
+        if isinstance(tar, Path):
+            store, name = LocalStore(tar.parent), tar.name
+            tar, index = store.open(name), store.read_all(name + INDEX_SUFFIX)
+        assert index is not None
+        where = tar.where
+        columns = read_index(index, where)
+        made_for = int(columns.pop("tar_size")[0])
+        if made_for != tar.size:
+            raise UserError(f"shard {where} has {tar.size} bytes, its index was made for {made_for}; {_AGAIN}")
         for what in ("record", "image"):
             offset, length = columns[f"{what}_offset"], columns[f"{what}_size"]
-            if len(offset) and (offset.min() < tarfile.BLOCKSIZE or length.min() < 0 or (offset + length).max() > size):
-                raise UserError(f"the index of shard {tar} points outside of it; {_AGAIN}")
-        # Lists, not arrays: an element of a list is an int already
-        self._record_offset = columns["record_offset"].tolist()
-        self._record_size = columns["record_size"].tolist()
-        self._image_start = columns["image_start"].tolist()
-        self._image_offset = columns["image_offset"].tolist()
-        self._image_size = columns["image_size"].tolist()
-        self._sizes = list(zip(columns["image_width"].tolist(), columns["image_height"].tolist(), strict=True))
+            if len(offset) and (
+                offset.min() < tarfile.BLOCKSIZE or length.min() < 0 or (offset + length).max() > made_for
+            ):
+                raise UserError(f"the index of shard {where} points outside of it; {_AGAIN}")
+        self.where = where
+        self._tar = tar
+        # array, not NumPy's: an element is an int already; not lists, which take five times as much
+        self._record_offset, self._record_size, self._image_start, self._image_offset, self._image_size = (
+            array("q", columns[name].astype(np.int64).tobytes())
+            for name in ("record_offset", "record_size", "image_start", "image_offset", "image_size")
+        )
+        self._width, self._height = (array("i", columns[f"image_{side}"].astype(np.int32).tobytes()) for side in _SIDES)
 
     def __len__(self) -> int:
         return len(self._record_offset)
 
     def record(self, number: int) -> Record:
         """A record without its images' bytes. Raises SampleError ("bad json")."""
+        span = range(self._image_start[number], self._image_start[number + 1])
         data = self._read(self._record_offset[number], self._record_size[number])
-        return parse_record(data, self.sizes(number))
+        return parse_record(data, [(self._width[i], self._height[i]) for i in span])
 
     def images(self, number: int) -> list[bytes]:
         """The encoded images of a record, in order."""
         span = range(self._image_start[number], self._image_start[number + 1])
         return [self._read(self._image_offset[i], self._image_size[i]) for i in span]
 
-    def sizes(self, number: int) -> list[tuple[int, int]]:
-        """Width and height of a record's images, pixels; nothing is read."""
-        return self._sizes[self._image_start[number] : self._image_start[number + 1]]
-
     def key(self, number: int) -> str:
-        """The record's name in the tar, from the member's header, which lies right before its data."""
+        """The record's name, as in "00012.tar/000120034": from the member's header, right before its data."""
         header = self._read(self._record_offset[number] - tarfile.BLOCKSIZE, 100)
-        return header.split(b"\0", 1)[0].decode("utf-8", "replace").removesuffix(".json")
+        key = header.split(b"\0", 1)[0].decode("utf-8", "replace").removesuffix(".json")
+        return f"{self.where.rpartition('/')[2]}/{key}"
 
     def _read(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._file.fileno(), size, offset)
-        if len(data) != size:
-            raise UserError(f"shard {self.tar} became shorter while it was read; {_AGAIN}")
-        return data
+        return self._tar.read(offset, size)
+
+
+def read_index(data: bytes, where: str) -> dict[str, np.ndarray]:
+    """The columns of an index, and `tar_size`, the length of the tar that it was made for. Raises UserError.
+
+    where: the tar, for messages.
+    """
+    try:
+        columns = load(data)
+    except SafetensorError as error:
+        raise UserError(f"shard {where} cannot be read (its index: {error}); {_AGAIN}") from None
+    made_for = read_metadata(data)
+    if FORMAT not in made_for:
+        raise UserError(f"shard {where} was written by another version (not {FORMAT}); {_AGAIN}")
+    columns["tar_size"] = np.array([int(made_for[FORMAT])])
+    return columns
+
+
+def read_metadata(data: bytes) -> dict[str, str]:
+    """The free text of a safetensors file that could be loaded."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
 
 
 def parse_record(data: bytes, sizes: list[tuple[int, int]]) -> Record:
     """What a shard's json member says. Raises SampleError ("bad json")."""
     try:
-        content = json.loads(data)
+        content = _decode(data.decode())  # a third faster than json.loads, which looks for other encodings
     except (ValueError, RecursionError) as error:
         raise SampleError(BAD_JSON, str(error)) from None
     messages = content.get("messages") if isinstance(content, dict) else None
-    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+    if not isinstance(messages, list) or not messages:
         raise SampleError(BAD_JSON, "messages is not a list of {role, content}")
+    for message in messages:
+        if not is_message(message):
+            raise SampleError(BAD_JSON, "messages is not a list of {role, content}")
     return Record(
         messages=messages,
         kind=str(content["kind"]) if content.get("kind") is not None else None,
@@ -124,127 +170,138 @@ def parse_record(data: bytes, sizes: list[tuple[int, int]]) -> Record:
     )
 
 
-def _is_message(value: Any) -> bool:
+def is_message(value: Any) -> bool:
+    """{"role", "content"}, with a role that is known."""
     return isinstance(value, dict) and value.get("role") in _ROLES and isinstance(value.get("content"), str)
 
 
-class ShardFolder:
+class ShardFolder(NumberedFolder):
     """All shards of one source as a sequence of records. Threads may share it."""
 
-    def __init__(self, path: str | Path, key: str = "data.sources") -> None:
+    def __init__(self, path: str | Path, key: str = "data.sources", *, cache: Cache | None = None) -> None:
         """key: the configuration's name for this folder, for messages.
 
         Raises UserError if the folder holds no shards, or prepare has not finished there.
         """
-        self.path = str(path)
-        self._folder = Path(path)
-        try:
-            manifest = json.loads((self._folder / MANIFEST).read_text(encoding="utf-8"))
-            shards = [(str(shard["name"]), int(shard["records"])) for shard in manifest["shards"] if shard["records"]]
-            complete = bool(manifest["complete"])
-            excluded = str(manifest["excluded"]["sha256"]) if "excluded" in manifest else None
-            version = str(manifest["format"])
-        except (FileNotFoundError, NotADirectoryError):
-            shards, complete, excluded, version = [], True, None, FORMAT
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._folder / MANIFEST} is damaged ({error!r}); {_AGAIN}") from None
-        if version != FORMAT:
-            raise UserError(f"{key}={path} was prepared by another version ({version}, not {FORMAT}); {_AGAIN}")
-        if bad := next((name for name, _ in shards if Path(name).name != name), None):
-            raise UserError(f"{self._folder / MANIFEST} names the shard {bad!r}, which is not a file of that folder")
-        if not complete:
-            raise UserError(f"{key}={path} is half prepared; {_AGAIN}, it goes on from there")
+        cache = cache or Cache(StoreConfig())
+        store = cache.open(str(path))
+        where = store.url
+        manifest = read_manifest(store, key) or {"shards": [], "bytes": 0}
+        shards = [shard for shard in manifest["shards"] if shard["records"]]
         if not shards:
-            raise UserError(f"{key}={path} holds no shards; run `vlm-nemo prepare` or correct the path")
-        self._names = [name for name, _ in shards]
-        self._ends = list(accumulate(records for _, records in shards))
-        self._excluded = None if excluded is None else self._read_excluded(excluded)
-        # Records that remain before each one that is excluded: one bisection finds the n-th that remains
-        self._gaps = [] if self._excluded is None else (self._excluded - np.arange(len(self._excluded))).tolist()
-        self._len = self._ends[-1] - len(self._gaps)
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return self._len
-
-    def record(self, number: int) -> Record:
-        """See ShardReader.record."""
-        reader, local = self._find(number)
-        return reader.record(local)
-
-    def images(self, number: int) -> list[bytes]:
-        """See ShardReader.images."""
-        reader, local = self._find(number)
-        return reader.images(local)
-
-    def sizes(self, number: int) -> list[tuple[int, int]]:
-        """See ShardReader.sizes."""
-        reader, local = self._find(number)
-        return reader.sizes(local)
-
-    def key(self, number: int) -> str:
-        """Shard and member, as in "00012.tar/000120034"."""
-        reader, local = self._find(number)
-        return f"{reader.tar.name}/{reader.key(local)}"
+            raise UserError(f"{key}={where} holds no shards; run `vlm-nemo prepare` or correct the path")
+        counts = [int(shard["records"]) for shard in shards]
+        excluded = _read_excluded(store, manifest["excluded"], sum(counts)) if "excluded" in manifest else None
+        super().__init__(where, counts, excluded, remote=store.remote)
+        self.manifest = manifest
+        self.shards = [str(shard["name"]) for shard in shards]
+        self.store = store
+        self.source: Store = store.direct if isinstance(store, CachedStore) else store
+        """The same, past the cache."""
+        self._counts = counts
+        self._sha256 = {shard["name"]: (str(shard["sha256"]), str(shard["index_sha256"])) for shard in shards}
+        self._tars: Store = store
+        if isinstance(store, CachedStore) and not cache.admit(int(manifest["bytes"])):
+            self._tars = self.source
 
     def text_tokens(self, fingerprint: str) -> np.ndarray | None:
         """[len] int32: tokens of each record's text (see lengths.py); None if a shard was not measured for it.
 
         Raises UserError if what lies there belongs to other shards.
         """
-        parts = []
-        for shard, name in enumerate(self._names):
-            path = self._folder / f"{name}{LENGTHS_INFIX}{fingerprint}.safetensors"
-            expected = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
-            if not path.is_file():
-                return None
-            try:
-                with safe_open(path, framework="np") as lengths:
-                    part = lengths.get_tensor("text_tokens")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from None
-            if part.shape != (expected,) or part.dtype != np.int32:
-                raise UserError(f"{path} is {part.dtype} {part.shape}, the shard has {expected} records; {_AGAIN}")
-            parts.append(part)
+        with self._over_shards() as threads:
+            parts = []
+            for part in threads.map(lambda shard: self._lengths(shard, fingerprint), range(len(self.shards))):
+                if part is None:
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    return None
+                parts.append(part)
         tokens = np.concatenate(parts)
         return tokens if self._excluded is None else np.delete(tokens, self._excluded)
 
-    def _read_excluded(self, sha256: str) -> np.ndarray:
-        path = self._folder / EXCLUDED
+    def _lengths(self, shard: int, fingerprint: str) -> np.ndarray | None:
+        name = f"{self.shards[shard]}{LENGTHS_INFIX}{fingerprint}.safetensors"
+        where = f"{self.path}/{name}"
         try:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise UserError(f"{path} is not the file that {MANIFEST} names; {_AGAIN}")
-            with safe_open(path, framework="np") as content:
-                records = content.get_tensor("records")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from None
-        if len(records) and not (0 <= records[0] and records[-1] < self._ends[-1] and (np.diff(records) > 0).all()):
-            raise UserError(f"{path} does not hold sorted numbers of {self._ends[-1]} records; {_AGAIN}")
-        if len(records) == self._ends[-1]:
-            raise UserError(f"{path} excludes every record; {_AGAIN}")
-        return records
+            tokens = load(self.store.read_all(name))["text_tokens"]
+        except MissingFile:
+            return None
+        except (SafetensorError, KeyError) as error:
+            raise UserError(f"{where} cannot be read ({error}); {_AGAIN}") from None
+        if tokens.shape != (self._counts[shard],) or tokens.dtype != np.int32:
+            raise UserError(
+                f"{where} is {tokens.dtype} {tokens.shape}, the shard has {self._counts[shard]} records; {_AGAIN}"
+            )
+        return tokens
 
-    def _find(self, number: int) -> tuple[ShardReader, int]:
-        if not 0 <= number < self._len:
-            raise IndexError(f"record {number} of {self._len}")
-        if self._gaps:
-            number += bisect_right(self._gaps, number)
-        shard = bisect_right(self._ends, number)
-        with self._lock:
-            reader = self._open.get(shard)
-            if reader is None:
-                reader = ShardReader(self._folder / self._names[shard])
-                expected = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
-                if len(reader) != expected:
-                    raise UserError(
-                        f"shard {reader.tar} holds {len(reader)} records, {MANIFEST} says {expected}; {_AGAIN}"
-                    )
-                self._open[shard] = reader
-                # The oldest reader is only let go; a thread that still reads from it keeps its file open
-                if len(self._open) > OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(shard)
-        return reader, number - (self._ends[shard - 1] if shard else 0)
+    def _open(self, shard: int) -> ShardReader:
+        name = self.shards[shard]
+        try:
+            tar = self._tars.open(name, self._sha256[name][0])
+            reader = ShardReader(tar, self._index(shard))
+        except MissingFile as error:
+            raise UserError(f"shard {self.path}/{name} cannot be read ({error}); {_AGAIN}") from None
+        if len(reader) != self._counts[shard]:
+            raise UserError(
+                f"shard {tar.where} holds {len(reader)} records, {MANIFEST} says {self._counts[shard]}; {_AGAIN}"
+            )
+        return reader
+
+    def _index(self, shard: int) -> bytes:
+        name = self.shards[shard]
+        sha256 = self._sha256[name][1]
+        data = self.store.read_all(name + INDEX_SUFFIX, sha256)
+        if self._remote and hashlib.sha256(data).hexdigest() != sha256:
+            raise UserError(f"the index of shard {self.path}/{name} is not the one that {MANIFEST} names; {_AGAIN}")
+        return data
+
+    def _sizes(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        where = f"{self.path}/{self.shards[shard]}"
+        columns = read_index(self._index(shard), where)
+        start = columns["image_start"]
+        if len(start) != self._counts[shard] + 1:
+            raise UserError(
+                f"shard {where} holds {len(start) - 1} records, {MANIFEST} says {self._counts[shard]}; {_AGAIN}"
+            )
+        return start, np.stack([columns["image_width"], columns["image_height"]], 1)
+
+
+def read_manifest(store: Store, key: str) -> dict[str, Any] | None:
+    """The manifest of a prepared folder, of this version and complete; None if there is none. Raises UserError."""
+    where = store.locate(MANIFEST) if not store.remote else f"{store.url}/{MANIFEST}"
+    direct = store.direct if isinstance(store, CachedStore) else store  # it may change under its name
+    try:
+        manifest = json.loads(direct.read_all(MANIFEST))
+        names = [str(shard["name"]) for shard in manifest["shards"]]
+        complete, version = bool(manifest["complete"]), str(manifest["format"])
+        _ = [(int(shard["records"]), shard["sha256"], shard["index_sha256"]) for shard in manifest["shards"]]
+        _ = int(manifest["bytes"])
+    except MissingFile:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is damaged ({error!r}); {_AGAIN}") from None
+    if version != FORMAT:
+        raise UserError(f"{key}={store.url} was prepared by another version ({version}, not {FORMAT}); {_AGAIN}")
+    if bad := next((name for name in names if Path(name).name != name or not name.endswith(".tar")), None):
+        raise UserError(f"{where} names the shard {bad!r}, which is not a file of that folder")
+    if not complete:
+        raise UserError(f"{key}={store.url} is half prepared; {_AGAIN}, it goes on from there")
+    return manifest
+
+
+def _read_excluded(store: Store, entry: Any, total: int) -> np.ndarray:
+    """Sorted numbers of the records to pass over; `entry` is the manifest's word on them."""
+    where = f"{store.url}/{EXCLUDED}"
+    try:
+        sha256 = str(entry["sha256"])
+        data = store.read_all(EXCLUDED, sha256)
+        records = load(data)["records"]
+    except (MissingFile, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{where} cannot be read ({error}); {_AGAIN}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{where} is not the file that {MANIFEST} names; {_AGAIN}")
+    if len(records) and not (0 <= records[0] and records[-1] < total and (np.diff(records) > 0).all()):
+        raise UserError(f"{where} does not hold sorted numbers of {total} records; {_AGAIN}")
+    if len(records) == total:
+        raise UserError(f"{where} excludes every record; {_AGAIN}")
+    return records

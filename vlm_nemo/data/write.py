@@ -6,37 +6,23 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from vlm_nemo.data.sample import Message
-from vlm_nemo.data.shards import FORMAT, HASH_BYTES, INDEX_SUFFIX, LENGTHS_INFIX, index_path
+from vlm_nemo.data.shards import FORMAT, HASH_BYTES, INDEX_SUFFIX, LENGTHS_INFIX, ShardSample, index_path
 
-
-class ShardImage(NamedTuple):
-    """An image to write."""
-
-    data: bytes
-    extension: str
-    width: int
-    height: int
-
-
-class ShardSample(NamedTuple):
-    """A sample to write."""
-
-    key: str
-    """Without dots."""
-    messages: list[Message]
-    kind: str | None
-    source_id: str
-    images: list[ShardImage]
-    facts: Mapping[str, float | str] = {}
-    """What the raw data says about it; written beside the messages."""
+_COLUMNS = (
+    "record_offset",
+    "record_size",
+    "image_start",
+    "image_offset",
+    "image_size",
+    "image_width",
+    "image_height",
+)
 
 
 def write_shard(tar: Path, samples: Iterable[ShardSample]) -> int:
@@ -46,28 +32,27 @@ def write_shard(tar: Path, samples: Iterable[ShardSample]) -> int:
     """
     import webdataset  # late: it imports torch
 
-    keys: list[str] = []
-    sizes: list[list[tuple[int, int]]] = []
+    columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
+    columns["image_start"].append(0)
     hashes: list[bytes] = []
     part = tar.with_name(tar.name + ".part")
-    with open(part, "wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0.0) as writer:
+    # A whole number: a fraction would cost every member two more blocks that say just that
+    with open(part, "wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
         for sample in samples:
-            content: dict[str, Any] = {"messages": sample.messages, "source_id": sample.source_id}
-            if sample.kind is not None:
-                content["kind"] = sample.kind
-            if sample.facts:
-                content["facts"] = dict(sample.facts)
-            members: dict[str, Any] = {
-                "__key__": sample.key,
-                "json": json.dumps(content, ensure_ascii=False).encode(),
-            }
+            members = _members(sample)
+            where = _places(writer.tarstream.offset, members)
+            writer.write({"__key__": sample.key, **members})
+            assert where.pop("") == writer.tarstream.offset, f"{tar}: {sample.key} does not lie where it should"
+            columns["record_offset"].append(where["json"])
+            columns["record_size"].append(len(members["json"]))
             for i, image in enumerate(sample.images):
-                members[f"{i}.{image.extension}"] = image.data
-            writer.write(members)
-            keys.append(sample.key)
-            sizes.append([(image.width, image.height) for image in sample.images])
-            hashes += [image_hash(image.data) for image in sample.images]
-    index = _scan(part, keys, sizes)
+                columns["image_offset"].append(where[f"{i}.{image.extension}"])
+                columns["image_size"].append(len(image.data))
+                columns["image_width"].append(image.width)
+                columns["image_height"].append(image.height)
+                hashes.append(image_hash(image.data))
+            columns["image_start"].append(len(hashes))
+    index: dict[str, np.ndarray] = {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
     index["image_hash"] = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
     index_part = tar.with_name(tar.name + INDEX_SUFFIX + ".part")
     # One entry: the order in which safetensors writes several changes from run to run
@@ -77,7 +62,7 @@ def write_shard(tar: Path, samples: Iterable[ShardSample]) -> int:
         lengths.unlink()
     part.rename(tar)
     index_part.rename(index_path(tar))
-    return len(keys)
+    return len(columns["record_offset"])
 
 
 def image_hash(data: bytes) -> bytes:
@@ -85,20 +70,25 @@ def image_hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
 
 
-def _scan(tar: Path, keys: list[str], sizes: list[list[tuple[int, int]]]) -> dict[str, np.ndarray]:
-    """Where the members of a tar that was just written lie."""
-    with tarfile.open(tar, "r:") as archive:
-        where = {member.name.split(".", 1)[0] + "." + member.name.split(".")[1]: member for member in archive}
-    records = [where[f"{key}.json"] for key in keys]
-    images = [where[f"{key}.{i}"] for key, own in zip(keys, sizes, strict=True) for i in range(len(own))]
-    flat = [size for own in sizes for size in own]
-    columns = {
-        "record_offset": [member.offset_data for member in records],
-        "record_size": [member.size for member in records],
-        "image_start": [0, *accumulate(len(own) for own in sizes)],
-        "image_offset": [member.offset_data for member in images],
-        "image_size": [member.size for member in images],
-        "image_width": [width for width, _ in flat],
-        "image_height": [height for _, height in flat],
-    }
-    return {name: np.array(values, dtype=np.int64) for name, values in columns.items()}
+def _members(sample: ShardSample) -> dict[str, bytes]:
+    """{extension: contents} of a sample."""
+    content: dict[str, Any] = {"messages": sample.messages, "source_id": sample.source_id}
+    if sample.kind is not None:
+        content["kind"] = sample.kind
+    if sample.facts:
+        content["facts"] = dict(sample.facts)
+    members = {"json": json.dumps(content, ensure_ascii=False).encode()}
+    return members | {f"{i}.{image.extension}": image.data for i, image in enumerate(sample.images)}
+
+
+def _places(offset: int, members: Mapping[str, bytes]) -> dict[str, int]:
+    """Where the contents of each member will lie when they are written at `offset`, and under "" where they end.
+
+    The library writes them in the order of their names, each after a header of one block, filled up to whole blocks.
+    """
+    places = {}
+    for name in sorted(members):
+        offset += tarfile.BLOCKSIZE
+        places[name] = offset
+        offset += -(-len(members[name]) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return places | {"": offset}

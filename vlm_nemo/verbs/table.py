@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
             name="prepare",
             summary="turn raw images and texts into indexed WebDataset shards",
             examples=(
-                "vlm-nemo prepare data/cc3m/manifest.yaml root=cc3m_raw out=shards/cc3m tokenizer=vicuna-7b template=plain",
+                "vlm-nemo prepare data/cc3m/manifest.yaml root=cc3m_raw out=shards/cc3m tokenizer=DIR template=plain",
                 "vlm-nemo prepare my/manifest.yaml out=shards/my workers=16 tokenizer_vocab=32000 audit=true",
             ),
             root=PrepareConfig,
