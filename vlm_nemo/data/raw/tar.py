@@ -57,7 +57,15 @@ def count_tar(tar: Path) -> int:
 def read_members(
     tar: Path, groups: Iterable[Group], wanted: Container[str] | None = None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: bytes}) of each sample, only the wanted extensions where they are given."""
+    """(key, {extension: bytes}) of each sample, only the wanted extensions where they are given.
+
+    tar: may be a folder of files KEY.extension too.
+    """
+    if tar.is_dir():
+        for key, members in groups:
+            named = [extension for extension in members if wanted is None or extension.lower() in wanted]
+            yield key, {extension.lower(): (tar / f"{key}.{extension}").read_bytes() for extension in named}
+        return
     with open(tar, "rb") as stream:
         for key, members in groups:
             contents = {}
