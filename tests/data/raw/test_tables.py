@@ -161,6 +161,9 @@ def test_what_is_wrong_is_counted(tmp_path: Path) -> None:
     bad: list[tuple[Any, str]] = [
         (good | {"image": "nowhere.jpg"}, MISSING_IMAGE),
         (good | {"image": "../0.jpg"}, MISSING_IMAGE),
+        (good | {"image": "/etc/hostname"}, MISSING_IMAGE),
+        (good | {"image": "a\0.jpg"}, MISSING_IMAGE),
+        (good | {"image": "a" * 5000}, MISSING_IMAGE),
         (good | {"image": "broken.jpg"}, BROKEN_IMAGE),
         (good | {"image": 3}, BAD_JSON),
         (good | {"question": "<image><image>?"}, MARKER_WITHOUT_IMAGE),

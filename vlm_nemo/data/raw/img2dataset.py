@@ -25,6 +25,7 @@ from vlm_nemo.data.sample import BAD_JSON, EMPTY_CAPTION, MISSING_IMAGE, SampleE
 from vlm_nemo.types import UserError
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif")
+_MEMBERS = ("json", "txt", *IMAGE_MEMBERS)
 SUCCESS = "success"
 _NOT_FACTS = ("key", "status", "error_message", "caption", "txt", "exif", *IMAGE_MEMBERS)
 
@@ -51,7 +52,7 @@ class DownloadUnit:
         shard = Path(self.shard)
         groups = scan_shard(shard)[self.first : self.first + self.count]
         known = _read_facts(parquet_of(shard), stamp(parquet_of(shard)))
-        for key, contents in read_members(shard, groups):
+        for key, contents in read_members(shard, groups, _MEMBERS):
             name = f"{shard.name}/{key}"
             try:
                 yield _caption(name, contents, known.get(key.rpartition("/")[2], {}))

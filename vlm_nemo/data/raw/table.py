@@ -133,7 +133,7 @@ def _read_csv(file: Path) -> list[Any]:
     with open(file, encoding="utf-8-sig", newline="") as stream:
         # In a tsv a quotation mark is a letter like any other
         form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
-        return list(csv.DictReader(stream, **form))
+        return list(csv.DictReader(stream, restkey="more", **form))
 
 
 def _parquet_rows(file: Path, first: int, count: int, columns: list[str] | None) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
@@ -12,6 +13,8 @@ from vlm_nemo.types import UserError
 
 Group = tuple[str, dict[str, tuple[int, int]]]
 """A sample: its key, and {extension: (offset, size)} of its members."""
+_NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
+"""Members that WebDataset's tools keep for themselves."""
 
 
 def scan_tar(tar: Path) -> list[Group]:
@@ -34,6 +37,8 @@ def _scan_tar(tar: Path, stamp: tuple[int, int]) -> list[Group]:
                     continue
                 folder, slash, file = member.name.rpartition("/")
                 stem, _, extension = file.partition(".")
+                if not extension or _NO_SAMPLE.match(member.name):
+                    continue
                 key = folder + slash + stem
                 if not groups or groups[-1][0] != key:
                     groups.append((key, {}))
