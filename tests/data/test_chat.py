@@ -61,6 +61,10 @@ BY_HAND = [
     ),
     (SPOKEN, chat("hi", "yo"), [], "^S U: hi A: yo$", "........... yo$"),
     (TEMPLATES["plain"], chat("<image>", " a cat "), [2], "^##a cat$", "...a cat$"),
+    # A document: an answer that nobody asked for
+    (TEMPLATES["plain"], chat("", "a\n<image>\nb\n<image>\n<image>"), [2, 1, 1],
+     "^a\n##\nb\n#\n#$", ".a\n..\nb\n.\n.$"),
+    (TEMPLATES["plain"], chat("", "<image>\na"), [2], "^##\na$", "...\na$"),
     (TEMPLATES["short"], chat("<image><image>same?", "no", "why?", "hue"), [1, 2],
      "^###same?\nno$why?\nhue$", "..........no$.....hue$"),
 ]  # fmt: skip
@@ -100,6 +104,7 @@ def test_every_template_supervises_the_same_words(tokenizer: Tokenizer) -> None:
         (chat("<image>", "a <image>"), [4], MARKER_WITHOUT_IMAGE, "2 <image> in the text, 1 images"),
         (chat("hue?", "  "), [], NO_LABEL, "empty"),
         (chat("hue?", "red", "shape?", ""), [], NO_LABEL, "empty"),
+        (chat("", "<image>\n<image>"), [4, 4], NO_LABEL, "empty"),
         (chat("hue?"), [], NO_LABEL, "no assistant turn"),
         ([{"role": "assistant", "content": "red"}], [], BAD_JSON, "user, assistant"),
         ([], [], BAD_JSON, "none"),

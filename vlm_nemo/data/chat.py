@@ -103,7 +103,8 @@ def check_images(messages: Sequence[Message], images: int) -> None:
 def check_turns(messages: Sequence[Message]) -> None:
     """Raises SampleError if the roles do not take turns, or an assistant turn is empty or there is none."""
     _check_roles(messages)
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    # Images in an answer (of documents) are context like any other; an answer needs a word of its own
+    answers = [m["content"].replace(IMAGE_MARKER, "") for m in messages if m["role"] == "assistant"]
     if not answers or not all(answer.strip() for answer in answers):
         raise SampleError(NO_LABEL, "no assistant turn" if not answers else "an assistant turn is empty")
 

@@ -25,6 +25,7 @@ from vlm_nemo.data.sample import BAD_JSON, EMPTY_CAPTION, MISSING_IMAGE, SampleE
 from vlm_nemo.types import UserError
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif")
+_MEMBERS = ("json", "txt", *IMAGE_MEMBERS)
 SUCCESS = "success"
 _NOT_FACTS = ("key", "status", "error_message", "caption", "txt", "exif", *IMAGE_MEMBERS)
 
@@ -42,16 +43,16 @@ class DownloadUnit:
         shard = Path(self.shard)
         stamps: list[Any] = [stamp(shard), stamp(parquet_of(shard))]
         if shard.is_dir():
-            mine = _scan(shard)[self.first : self.first + self.count]
+            mine = scan_shard(shard)[self.first : self.first + self.count]
             stamps = [[stamp(shard / f"{key}.{extension}") for extension in members] for key, members in mine]
             stamps.append(stamp(parquet_of(shard)))
         return digest("img2dataset", shard.name, stamps, self.first, self.count)
 
     def read(self) -> Iterator[RawSample | RawDrop]:
         shard = Path(self.shard)
-        groups = _scan(shard)[self.first : self.first + self.count]
+        groups = scan_shard(shard)[self.first : self.first + self.count]
         known = _read_facts(parquet_of(shard), stamp(parquet_of(shard)))
-        for key, contents in _contents(shard, groups):
+        for key, contents in read_members(shard, groups, _MEMBERS):
             name = f"{shard.name}/{key}"
             try:
                 yield _caption(name, contents, known.get(key.rpartition("/")[2], {}))
@@ -102,7 +103,7 @@ def list_downloads(
 
 def count_shard(shard: Path) -> int:
     """Samples of a shard. Raises UserError if its parquet says that there were more."""
-    found = len(_scan(shard))
+    found = len(scan_shard(shard))
     arrived = count_arrived(parquet_of(shard))
     if arrived is not None and arrived > found:
         raise UserError(
@@ -116,6 +117,17 @@ def count_arrived(parquet: Path) -> int | None:
     """Addresses that gave an image; None where there is no parquet or it is not img2dataset's. Raises UserError."""
     table = _read_parquet(parquet, lambda name: name == "status")
     return None if table is None or "status" not in table else table["status"].count(SUCCESS)
+
+
+def scan_shard(shard: Path) -> list[Group]:
+    """Samples of a tar, or of a folder of files (offsets are 0 there). Raises UserError if it is damaged."""
+    return _scan_folder(shard, stamp(shard)) if shard.is_dir() else scan_tar(shard)
+
+
+def urls_of(parquet: Path) -> dict[str, str]:
+    """{key: address}; empty where there is no parquet, or it has no such columns. Raises UserError."""
+    table = _read_parquet(parquet, lambda name: name in ("key", "url")) or {}
+    return {} if len(table) < 2 else {str(key): str(url) for key, url in zip(table["key"], table["url"], strict=True)}
 
 
 def image_of(members: Any) -> str | None:
@@ -160,10 +172,6 @@ def _is_files(folder: Path) -> bool:
     return folder.name.isdigit() and image_of({path.suffix[1:]: 0 for path in folder.iterdir()}) is not None
 
 
-def _scan(shard: Path) -> list[Group]:
-    return _scan_folder(shard, stamp(shard)) if shard.is_dir() else scan_tar(shard)
-
-
 @lru_cache(maxsize=2)
 def _scan_folder(folder: Path, stamp: tuple[int, int]) -> list[Group]:
     """Samples of a folder of files, as of a tar; offsets are 0."""
@@ -175,14 +183,6 @@ def _scan_folder(folder: Path, stamp: tuple[int, int]) -> list[Group]:
             if entry.is_file() and extension:
                 groups.setdefault(key, {})[extension] = (0, entry.stat().st_size)
     return list(groups.items())
-
-
-def _contents(shard: Path, groups: list[Group]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    if not shard.is_dir():
-        yield from read_members(shard, groups)
-        return
-    for key, members in groups:
-        yield key, {extension.lower(): (shard / f"{key}.{extension}").read_bytes() for extension in members}
 
 
 def _caption(name: str, contents: dict[str, bytes], known: dict[str, float | str]) -> RawSample:

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from vlm_nemo.data.raw.energon_unit import list_energon
 from vlm_nemo.data.raw.img2dataset import list_downloads
+from vlm_nemo.data.raw.interleaved import list_documents
 from vlm_nemo.data.raw.llava import list_llava
 from vlm_nemo.data.raw.unit import Map
+from vlm_nemo.data.raw.vqa import OPTIONS, list_vqa
 
 
 class Kind(NamedTuple):
@@ -36,7 +38,9 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "img2dataset": Kind(list_downloads, ("path",), ("path",)),
-    "llava": Kind(list_llava, ("json", "images"), ("json", "images")),
+    "llava": Kind(list_llava, ("json", "images"), ("json", "images"), ("captions",)),
+    "interleaved": Kind(list_documents, ("path", "images", "downloaded"), ("path",), ("lost",)),
+    "vqa": Kind(list_vqa, ("path", "images"), ("path",), tuple(OPTIONS)),
     "energon": Kind(list_energon, ("path",), ("path",), ("split",)),
 }
 """kind in manifest.yaml -> how it is read."""

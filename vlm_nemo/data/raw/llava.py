@@ -1,19 +1,24 @@
-"""LLaVA's files: a JSON list (or JSON lines) of conversations, and a folder of images."""
+"""LLaVA's files: a JSON list (or JSON lines) of conversations, and a folder of images.
+
+`<image>` stays where it stands in a turn; a row without an image (no key, null or "") is text only. `captions: true`
+leaves of each row the images and the answer, as LLaVA's first stage trains on LLaVA-Pretrain's 558K rows.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_nemo.data.chat import check_images, check_turns
-from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, read_image, shard_image, stamp
+from vlm_nemo.data.raw.table import read_list
+from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, facts_of, read_image, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, Message, SampleError
-from vlm_nemo.types import UserError
+from vlm_nemo.types import IMAGE_MARKER, UserError
 
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_NOT_FACTS = ("id", "image", "conversations", "kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,8 @@ class LlavaUnit:
     first: int
     images: str
     """Folder of the images."""
+    captions: bool = False
+    """Without the questions."""
 
     @property
     def count(self) -> int:
@@ -31,7 +38,7 @@ class LlavaUnit:
 
     def fingerprint(self) -> str:
         stamps = [stamp(Path(self.images) / name) for row in self.rows for name in _image_names(row) or ()]
-        return digest("llava", self.first, self.rows, stamps)
+        return digest("llava", self.first, self.rows, stamps, self.captions)
 
     def read(self) -> Iterator[RawSample | RawDrop]:
         for number, row in enumerate(self.rows, self.first):
@@ -39,12 +46,12 @@ class LlavaUnit:
             if isinstance(row, dict) and "id" in row:
                 name += f" (id {row['id']})"
             try:
-                yield _conversation(name, row, Path(self.images))
+                yield _conversation(name, row, Path(self.images), self.captions)
             except SampleError as error:
                 yield RawDrop(name, error.reason, error.detail)
 
 
-def _conversation(name: str, row: Any, folder: Path) -> RawSample:
+def _conversation(name: str, row: Any, folder: Path, captions: bool) -> RawSample:
     """A row of a LLaVA file."""
     names = _image_names(row)
     turns = row.get("conversations") if isinstance(row, dict) else None
@@ -58,15 +65,25 @@ def _conversation(name: str, row: Any, folder: Path) -> RawSample:
         messages.append({"role": speaker, "content": turn["value"]})
     check_images(messages, len(names))
     check_turns(messages)
+    if captions:
+        messages = _caption_only(messages, len(names))
+        check_images(messages, len(names))
     images = [shard_image(read_image(folder, image)) for image in names]
     kind = row.get("kind")
-    return RawSample(name, messages, None if kind is None else str(kind), images)
+    facts = {"folder": str(Path(names[0]).parent) if names else "no image"} | facts_of(row, _NOT_FACTS)
+    return RawSample(name, messages, None if kind is None else str(kind), images, facts)
+
+
+def _caption_only(messages: list[Message], images: int) -> list[Message]:
+    if len(messages) != 2 or not images:
+        raise SampleError(BAD_JSON, f"captions: true needs an image and two turns, not {images} and {len(messages)}")
+    return [{"role": "user", "content": "\n".join([IMAGE_MARKER] * images)}, messages[1]]
 
 
 def _image_names(row: Any) -> list[str] | None:
     """Names of a row's images; None if they are not text."""
     names = row.get("image") if isinstance(row, dict) else None
-    if names is None:
+    if names is None or names == "":
         return []
     names = names if isinstance(names, list) else [names]
     return names if all(isinstance(name, str) for name in names) else None
@@ -74,25 +91,13 @@ def _image_names(row: Any) -> list[str] | None:
 
 def list_llava(where: dict[str, Path], options: dict[str, str], shard_samples: int, apply: Map) -> list[LlavaUnit]:
     """Units of a LLaVA file: a JSON list, or JSON lines. Raises UserError if the file cannot be read at all."""
-    del options, apply
-    path = where["json"]
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = [_parse(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
-        if rows is None:
-            rows = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds a {type(rows).__name__}, not a list of conversations")
+    del apply
+    captions = options.get("captions", "false").lower()
+    if captions not in ("true", "false"):
+        raise UserError(f"captions={captions} must be true or false")
+    rows = read_list(where["json"])
+    images = str(where["images"])
     return [
-        LlavaUnit(rows=rows[first : first + shard_samples], first=first, images=str(where["images"]))
+        LlavaUnit(rows=rows[first : first + shard_samples], first=first, images=images, captions=captions == "true")
         for first in range(0, len(rows), shard_samples)
     ]
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return line

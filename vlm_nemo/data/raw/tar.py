@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
@@ -12,6 +13,8 @@ from vlm_nemo.types import UserError
 
 Group = tuple[str, dict[str, tuple[int, int]]]
 """A sample: its key, and {extension: (offset, size)} of its members."""
+_NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
+"""Members that WebDataset's tools keep for themselves."""
 
 
 def scan_tar(tar: Path) -> list[Group]:
@@ -34,6 +37,8 @@ def _scan_tar(tar: Path, stamp: tuple[int, int]) -> list[Group]:
                     continue
                 folder, slash, file = member.name.rpartition("/")
                 stem, _, extension = file.partition(".")
+                if not extension or _NO_SAMPLE.match(member.name):
+                    continue
                 key = folder + slash + stem
                 if not groups or groups[-1][0] != key:
                     groups.append((key, {}))
@@ -57,7 +62,15 @@ def count_tar(tar: Path) -> int:
 def read_members(
     tar: Path, groups: Iterable[Group], wanted: Container[str] | None = None
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: bytes}) of each sample, only the wanted extensions where they are given."""
+    """(key, {extension: bytes}) of each sample, only the wanted extensions where they are given.
+
+    tar: may be a folder of files KEY.extension too.
+    """
+    if tar.is_dir():
+        for key, members in groups:
+            named = [extension for extension in members if wanted is None or extension.lower() in wanted]
+            yield key, {extension.lower(): (tar / f"{key}.{extension}").read_bytes() for extension in named}
+        return
     with open(tar, "rb") as stream:
         for key, members in groups:
             contents = {}

@@ -56,13 +56,15 @@ Map = Callable[[Callable[[Path], int], list[Path]], Iterator[int]]
 def read_image(folder: Path, name: str) -> bytes:
     """A file of a folder of images. Raises SampleError ("missing image"), also if it lies outside."""
     root = folder.resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise SampleError(MISSING_IMAGE, f"{name} lies outside the image folder")
     try:
-        return path.read_bytes()
+        path = (root / name).resolve()
+        if path.is_relative_to(root):
+            return path.read_bytes()
     except OSError as error:
         raise SampleError(MISSING_IMAGE, f"{name}: {error.strerror}") from None
+    except ValueError as error:  # a name that no file can have
+        raise SampleError(MISSING_IMAGE, f"{name!r}: {error}") from None
+    raise SampleError(MISSING_IMAGE, f"{name} lies outside the image folder")
 
 
 def shard_image(data: bytes) -> ShardImage:
