@@ -9,10 +9,10 @@ from omegaconf import MISSING
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One folder of shards, as `vlm-nemo prepare` writes it."""
+    """One folder of shards, as `vlm-nemo prepare` writes it, or of tars as img2dataset or energon left them."""
 
     path: str = MISSING
-    """The folder."""
+    """The folder, or its tars as DIR/{00000..00041}.tar: a local path, or a URL of http, https, s3 or gs."""
     weight: float | None = None
     """Share of the samples drawn, relative to the other sources; null = 1, 0 leaves the source out."""
     epochs: float | None = None
