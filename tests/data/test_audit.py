@@ -68,7 +68,11 @@ def test_the_figures_are_those_of_the_data(raw: Path, capsys: pytest.CaptureFixt
     assert captions["facts"]["language"]["values"] == {"en": 4}
     assert captions["words"] == {"min": 2, "1 %": 2, "10 %": 2, "median": 3, "90 %": 3, "99 %": 3, "max": 3}
     assert content["images_in_two_sources"] == [{"sources": ["captions", "instruct"], "images": 1}]
-    assert instruct["records"] == 12 and instruct["facts"] == {} and instruct["text_tokens"] > 100
+    assert (
+        instruct["records"] == 12
+        and instruct["facts"]["folder"]["values"] == {".": 9, "no image": 3}
+        and instruct["text_tokens"] > 100
+    )
     assert set(content["fill"]) == {"captions", "instruct", "all sources"} and content["tokens_an_image"] == 4
     assert "512" in content["fill"]["captions"] and content["advice"]["captions"].startswith("capacity 512 fills to")
     for text in ("captions", "1 images are in both captions and instruct", "min_side=20", "fill of packed rows"):
