@@ -241,6 +241,25 @@ def test_rows_are_cut_evenly_under_sequence_parallelism() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layout", "world", "packs", "says"),
+    [
+        (
+            dict(),
+            2,
+            6,
+            "is 3 packs a data-parallel rank, which data.micro_packs=2 does not divide; .* multiple of 4 or",
+        ),
+        (dict(), 3, 8, "make data.global_packs a multiple of 6"),
+        (dict(pipeline=2, virtual=2), 2, 6, "micro-batches a data-parallel rank and has 3; .* a multiple of 4 or"),
+    ],
+)
+def test_micro_batches_of_several_rows(layout: dict[str, int], world: int, packs: int, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_layout(ParallelConfig(**layout), tiny_model(), world_size=world, global_packs=packs, micro_packs=2)
+    check_layout(ParallelConfig(**layout), tiny_model(), world_size=world, global_packs=12, micro_packs=2)
+
+
+@pytest.mark.parametrize(
     ("layout", "world"),
     [(dict(), 1), (dict(), 8), (dict(tensor=2), 4), (dict(pipeline=2, virtual=2), 2), (dict(tensor=2, pipeline=4), 8)],
 )

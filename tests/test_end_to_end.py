@@ -55,11 +55,12 @@ def test_a_run_folder_holds_what_it_promises(stages: Path) -> None:
     line = runs.metrics(run_dir)[-1]
     assert set(line) == {
         *("step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "samples", "tokens_per_s", "mfu"),
-        *("data_wait_s", "skipped"),
+        *("data_wait_s", "fill", "vision_balance", "delay", "skipped"),
     }
+    assert 0.9 < line["fill"] <= 1 and line["vision_balance"] == 1 and 0 < line["delay"] < 1000
     assert line["mfu"] is None and line["step"] == 4 and line["skipped"] == 0
     ledger = json.loads((run_dir / "ledger.json").read_text())
-    assert set(ledger) == {"seen", "used", "dropped"} and ledger["seen"] == ledger["used"]
+    assert set(ledger) == {"seen", "used", "dropped", "sources"} and ledger["seen"] == ledger["used"]
     assert sum(m["samples"] for m in runs.metrics(run_dir)) == ledger["used"]
 
 

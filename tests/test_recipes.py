@@ -30,6 +30,7 @@ def test_composes_and_has_a_layout(name: str) -> None:
         cfg.model,
         world_size=world,
         global_packs=cfg.data.global_packs,
+        micro_packs=cfg.data.micro_packs,
         capacity=cfg.data.pack.capacity,
     )
     assert any((cfg.optim.vision_lr, cfg.optim.projector_lr, cfg.optim.language_lr)), "everything is frozen"

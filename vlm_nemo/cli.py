@@ -119,6 +119,7 @@ def check_ranks(verb: Verb, cfg: Any, *, world_size: int) -> None:
             cfg.model,
             world_size=world_size,
             global_packs=cfg.data.global_packs,
+            micro_packs=cfg.data.micro_packs,
             capacity=cfg.data.pack.capacity,
         )
     elif verb.ranks:

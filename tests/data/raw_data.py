@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -11,9 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig, PackConfig, PrepareConfig, SourceConfig
 from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, write_lengths
 from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.sample import Record, SampleError
+from vlm_nemo.data.shards import FORMAT, MANIFEST, ShardFolder, index_path
+from vlm_nemo.data.tokenizer import Tokenizer
 
 SPEC = ImageSpec(size=32, tokens=4, aspect="pad", mean=(0.5, 0.5, 0.5))
 
@@ -122,3 +128,39 @@ def data_config(prepared: Path, **changes: Any) -> DataConfig:
         "global_packs": 4,
     }
     return DataConfig(**(given | changes))
+
+
+def finish_folder(folder: Path, records: list[int]) -> None:
+    """The manifest of shards that a test wrote itself, records[i] in shard i."""
+    shards = []
+    for tar, count in zip(sorted(folder.glob("*.tar")), records, strict=True):
+        digests = {
+            key: hashlib.sha256(path.read_bytes()).hexdigest()
+            for key, path in (("sha256", tar), ("index_sha256", index_path(tar)))
+        }
+        shards.append({"name": tar.name, "records": count, "bytes": tar.stat().st_size, **digests})
+    total = sum(shard["bytes"] for shard in shards)
+    manifest = {"format": FORMAT, "complete": True, "bytes": total, "shards": shards}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def write_all_lengths(prepared: Path, template: str = "short", tokenizer: Tokenizer | None = None) -> None:
+    """Put the lengths beside every shard of every source in a folder."""
+    tokenizer = tokenizer or Tokenizer(prepared / "tokenizer")
+    name = fingerprint(tokenizer, TEMPLATES[template])
+    for manifest in prepared.glob(f"*/{MANIFEST}"):
+        folder = ShardFolder(manifest.parent)
+        records = [_record_or_error(folder, i) for i in range(len(folder))]
+        lengths = measure(records, tokenizer, TEMPLATES[template])
+        start = 0
+        for shard in json.loads(manifest.read_text())["shards"]:
+            end = start + shard["records"]
+            write_lengths(lengths_path(manifest.parent / shard["name"], name), lengths[start:end])
+            start = end
+
+
+def _record_or_error(folder: ShardFolder, number: int) -> Record | SampleError:
+    try:
+        return folder.record(number)
+    except SampleError as error:
+        return error

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,9 +59,9 @@ def test_kill_9_and_resume_is_bitwise_equal(whole: Path, shards: Path, tmp_path:
     [
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (2, ["parallel.pipeline=2", "parallel.distributed_optimizer=false"]),
-        (2, []),
+        (2, ["data.micro_packs=2"]),
     ],
-    ids=["tp2_sp", "pp2", "dp2"],
+    ids=["tp2_sp", "pp2", "dp2_micro2"],
 )
 def test_resume_at_another_layout(whole: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str]) -> None:
     """Written by one process, read by two; optimizer state, data position and all."""
@@ -84,6 +85,21 @@ def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path) -
         for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(run_dir), runs.trace(whole), strict=True):
             assert loss == pytest.approx(true_loss, rel=1e-5)
             assert norm == pytest.approx(true_norm, rel=1e-5)
+
+
+def test_four_replicas_two_and_four_again(whole: Path, shards: Path, tmp_path: Path) -> None:
+    """The same samples in every step, also with other numbers of threads, and the losses of one process."""
+    for ranks, stop, threads in ((4, 3, 2), (2, 7, 0), (4, STEPS, 1)):
+        runs.vlm_nemo(
+            "train", *words(shards, tmp_path, f"trainer.stop_at={stop}", f"data.threads={threads}"), ranks=ranks
+        )
+    found, expected = runs.metrics(tmp_path), runs.metrics(whole)
+    for one, truth in zip(found, expected, strict=True):
+        for name in ("step", "samples", "tokens", "supervised_tokens", "fill", "delay"):
+            assert one[name] == truth[name], name
+        assert one["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
+    assert json.loads((tmp_path / "ledger.json").read_text()) == json.loads((whole / "ledger.json").read_text())
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("SIGINT", 1), ("SIGTERM", 2), ("SIGUSR1", 1), ("SIGUSR2", 2)])
@@ -115,8 +131,8 @@ def signalled_run(words: list[str]) -> int:
 
     judge, done = Trainer._judge, []
 
-    def judging(self: Trainer) -> None:
-        judge(self)
+    def judging(self: Trainer, books: Any) -> None:
+        judge(self, books)
         done.append(self)
         if len(done) == 2 and self.ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)

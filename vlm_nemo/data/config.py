@@ -13,8 +13,15 @@ class SourceConfig:
 
     path: str = MISSING
     """The folder, or its tars as DIR/{00000..00041}.tar: a local path, or a URL of http, https, s3 or gs."""
-    weight: float = 1.0
-    """Share of the samples drawn, relative to the other sources; 0 leaves the source out."""
+    weight: float | None = None
+    """Share of the samples drawn, relative to the other sources; null = 1, 0 leaves the source out."""
+    epochs: float | None = None
+    """Instead of a weight: how often one cycle of the blend goes through the source, as 1 or 0.25. All sources then
+    have epochs or samples, and each cycle is one random order of all its samples."""
+    samples: int | None = None
+    """Instead of a weight: samples of the source in one cycle of the blend."""
+    max_bad_fraction: float | None = None
+    """Stop when more than this share of the source's samples had to be dropped; null = data.max_bad_fraction."""
 
 
 @dataclass(kw_only=True)
@@ -25,6 +32,28 @@ class PackConfig:
     """Length of every packed row, tokens."""
     pool: int = 64
     """Samples to choose from when a row is filled; the oldest always goes in."""
+    vision_capacity: int | None = None
+    """Most patches that the vision tower computes for a row; null = no limit."""
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """Random changes to pixels and prompts, new in every epoch (`vlm_nemo.data.augment`); all off by default."""
+
+    crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Share of an image's area that a random crop keeps, from … to …; it is stretched back to the image's size."""
+    crop_ratio: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Width over height of the crop relative to the image's own, from … to …; [0.75, 1.33] is usual."""
+    brightness: float = 0.0
+    """Brightness times 1 - x to 1 + x."""
+    contrast: float = 0.0
+    """Contrast times 1 - x to 1 + x."""
+    saturation: float = 0.0
+    """Saturation times 1 - x to 1 + x."""
+    hue: float = 0.0
+    """Hue turned by up to x of the colour circle, 0 to 0.5; keep it small where answers name colours."""
+    text_dropout: float = 0.0
+    """Probability that a user's turn with images loses its text; for captions, as a question would be lost too."""
 
 
 @dataclass(kw_only=True)
@@ -53,19 +82,22 @@ class DataConfig:
     """Folder with tokenizer.json (Hugging Face's fast format) and tokenizer_config.json."""
     template: str = "vicuna"
     """How a conversation becomes text: a name in `vlm_nemo.data.chat.TEMPLATES`."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     global_packs: int = 8
     """Packed rows in one optimizer step, over all data-parallel ranks."""
+    micro_packs: int = 1
+    """Packed rows in one forward pass."""
     shuffle: bool = True
-    """Draw in a random order that depends on the seed alone."""
+    """Draw in a random order that depends on the seed alone; false = each source in its files' order."""
     threads: int = 2
-    """Decoding threads a rank."""
+    """Decoding threads a replica of the model; 0 = decode where rows are planned."""
     prefetch: int = 2
     """Optimizer steps of data prepared ahead."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this share of the samples seen had to be dropped."""
+    """Stop when more than this share of a source's samples seen had to be dropped."""
     min_samples_before_stop: int = 100
-    """Samples to see before max_bad_fraction is judged."""
+    """Samples of a source to see before max_bad_fraction is judged."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Remote sources: tries, time limits, cache."""
 

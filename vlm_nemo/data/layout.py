@@ -24,6 +24,8 @@ class ImageSpec:
     """pad | crop | squash: how an image becomes square."""
     mean: tuple[float, ...]
     """Mean colour, 0 to 1: the colour of the padding."""
+    patches: int = 0
+    """Patches that the tower computes an image; 0 = as many as `tokens`."""
 
 
 def image_spec(size: int, patch: int, class_token_kept: bool, aspect: str, mean: tuple[float, ...]) -> ImageSpec:
@@ -32,10 +34,18 @@ def image_spec(size: int, patch: int, class_token_kept: bool, aspect: str, mean:
         raise UserError(f"model.vision.image_size={size} is not a multiple of model.vision.patch_size={patch}")
     if aspect not in ASPECTS:
         raise UserError(f"model.vision.aspect={aspect} is unknown; choose one of {', '.join(ASPECTS)}")
-    return ImageSpec(size=size, tokens=(size // patch) ** 2 + int(class_token_kept), aspect=aspect, mean=tuple(mean))
+    patches = (size // patch) ** 2
+    tokens = patches + int(class_token_kept)
+    return ImageSpec(size=size, tokens=tokens, aspect=aspect, mean=tuple(mean), patches=patches)
 
 
 def count_tokens(spec: ImageSpec, size: tuple[int, int]) -> int:
     """Placeholders of an image of (width, height) pixels; with a square view it is the same for every size."""
     del size
     return spec.tokens
+
+
+def vision_cost(spec: ImageSpec, size: tuple[int, int]) -> int:
+    """Patches that the tower computes for an image of (width, height) pixels; with a square view always the same."""
+    del size
+    return spec.patches or spec.tokens

@@ -1,61 +1,71 @@
-"""From shards to packed batches: a thread plans and decodes ahead, next() hands out one optimizer step.
+"""From folders to packed batches: a thread plans and decodes ahead, next() hands out one optimizer step.
 
-order -> record -> tokens -> row (planner.py, the same on every rank)
-                              -> this rank's rows -> decoded images -> PackedBatch -> queue -> next()
+order -> lengths -> rows of the step (planner.py, the same on every replica)
+                    -> shared out so that replicas carry equal vision work
+                    -> this replica's rows -> records, images -> PackedBatch -> queue -> next()
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from vlm_nemo.data.augment import check_augment
 from vlm_nemo.data.cache import Cache
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig
+from vlm_nemo.data.encode import Encoder, PlannedSample
 from vlm_nemo.data.folders import open_folder
-from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec
-from vlm_nemo.data.mixture import Mixture
-from vlm_nemo.data.packing import pack_batch
-from vlm_nemo.data.planner import Plan, PlannedSample, Planner
-from vlm_nemo.data.resize import torch_resize
+from vlm_nemo.data.mixture import build_mixture, drawn
+from vlm_nemo.data.packing import pack_batch, share_out
+from vlm_nemo.data.planner import Plan, Planner
 from vlm_nemo.data.sample import Drop, EncodedSample, SampleError
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import PackedBatch, UserError
 
+log = logging.getLogger(__name__)
+
 _PATIENCE = 1.0
 """Seconds between two looks at whether the thread is alive."""
+_Read = Callable[[Iterable[PlannedSample]], Iterable[EncodedSample | SampleError]]
 
 
 @dataclass(kw_only=True)
 class StepData:
-    """One optimizer step of data, as one rank gets it."""
+    """One optimizer step of data, as one replica gets it."""
 
     batches: list[PackedBatch]
-    """This rank's rows."""
+    """This replica's micro-batches, data.micro_packs rows each."""
+    rows: list[list[int]]
+    """Which of the step's rows are in each."""
     keys: list[list[int]]
-    """Positions in the global order of the samples of each row: their identity, for tests and logs."""
+    """Positions in the global order of the samples of each: their identity, for tests and logs."""
     state: dict[str, Any]
     """What a Loader needs to go on after this step; JSON-able, the same on every rank."""
     planned_drops: list[Drop]
     """Found by the plan: the same on every rank."""
     local_drops: list[Drop]
-    """Found while decoding this rank's images: to be gathered over the data-parallel ranks."""
+    """Found while reading this replica's rows: to be gathered over the data-parallel ranks."""
     seen: int
-    """Samples that this step accounts for, over all ranks: used + len(planned_drops)."""
-    used: int
-    """Samples that were given a place in a row, over all ranks; those of all ranks' local_drops are among them."""
+    """Samples that this step accounts for, over all ranks: those of `used` + len(planned_drops)."""
+    used: dict[str, int]
+    """Samples that were given a place in a row, over all ranks, by source; all ranks' local_drops are among them."""
+    delay: int
+    """The longest that a sample of the step waited for its row, samples drawn after it."""
+    vision_balance: float
+    """The largest share of the step's vision work over the mean, over the replicas; 1 = all equal."""
 
 
 class Loader:
-    """This rank's share of every step, for ever (an epoch's end is only another permutation)."""
+    """This replica's share of every step, for ever (an epoch's end is only another permutation)."""
 
     wait_s: float
     """Seconds that the last next() had to wait."""
@@ -77,45 +87,40 @@ class Loader:
         Raises UserError for a folder without shards, an unknown template, rows that cannot be shared out, a state
         of another data set.
         """
-        if cfg.template not in TEMPLATES:
-            raise UserError(f"data.template={cfg.template} is unknown; choose one of {', '.join(TEMPLATES)}")
-        if cfg.global_packs < 1 or cfg.global_packs % dp_size:
-            raise UserError(
-                f"data.global_packs={cfg.global_packs} rows cannot be shared out to {dp_size} data-parallel ranks; "
-                f"make it a multiple of {dp_size}"
-            )
-        for name, value in (("pack.pool", cfg.pack.pool), ("threads", cfg.threads), ("prefetch", cfg.prefetch)):
-            if value < 1:
-                raise UserError(f"data.{name}={value} must be at least 1")
-        weights = {name: source.weight for name, source in cfg.sources.items()}
+        _check(cfg, dp_size)
         cache = Cache(cfg.store)
         folders = {
-            name: open_folder(source.path, f"data.sources.{name}.path", cache=cache)
-            for name, source in cfg.sources.items()
-            if source.weight > 0
+            name: open_folder(cfg.sources[name].path, f"data.sources.{name}.path", cache=cache)
+            for name in drawn(cfg.sources)
         }
         records = {name: len(folder) for name, folder in folders.items()}
-        order = {
-            "seed": seed,
-            "shuffle": cfg.shuffle,
-            "sources": {name: [n, weights[name]] for name, n in records.items()},
-        }
         self._cfg = cfg
-        self._spec = spec
-        self._pad_id = tokenizer.pad_id
-        self._rows = range(dp_rank, cfg.global_packs, dp_size)
-        self._folders = folders
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._encoder = Encoder(
+            folders=folders,
+            tokenizer=tokenizer,
+            template=TEMPLATES[cfg.template],
+            spec=spec,
+            augment=cfg.augment,
+            seed=seed,
+        )
         self._planner = Planner(
-            folders,
-            Mixture(records, weights, seed=seed, shuffle=cfg.shuffle),
-            tokenizer,
-            TEMPLATES[cfg.template],
-            spec,
+            self._encoder,
+            build_mixture(cfg.sources, records, seed=seed, shuffle=cfg.shuffle),
             capacity=cfg.pack.capacity,
             pool=cfg.pack.pool,
             max_tokens=max_tokens,
-            order=order,
+            vision_capacity=cfg.pack.vision_capacity,
         )
+        if dp_rank == 0:
+            for name in self._planner.unmeasured:
+                log.warning(
+                    "source %s has no lengths for this tokenizer and template, so its records are read while rows are "
+                    "planned; `vlm-nemo prepare MANIFEST out=DIR tokenizer=%s template=%s` prepares them",
+                    name,
+                    tokenizer.folder,
+                    cfg.template,
+                )
         if state is not None:
             self._planner.load(state)
         self.wait_s = 0.0
@@ -157,9 +162,14 @@ class Loader:
 
     def _produce(self) -> None:
         try:
-            with ThreadPoolExecutor(self._cfg.threads, thread_name_prefix="vlm_nemo.decode") as threads:
+            with ExitStack() as stack:
+                read: _Read = lambda samples: map(self._read, samples)  # noqa: E731
+                if self._cfg.threads:
+                    threads = ThreadPoolExecutor(self._cfg.threads, thread_name_prefix="vlm_nemo.decode")
+                    stack.callback(threads.shutdown, cancel_futures=True)
+                    read = lambda samples: threads.map(self._read, samples)  # noqa: E731
                 while not self._stop.is_set():
-                    self._put(self._build(self._planner.step(self._cfg.global_packs), threads))
+                    self._put(self._build(self._planner.step(self._cfg.global_packs), read))
         except BaseException as error:  # handed to the caller of next(), who would wait for ever otherwise
             self._put(error)
 
@@ -170,38 +180,69 @@ class Loader:
             except queue.Full:
                 continue
 
-    def _build(self, plan: Plan, threads: ThreadPoolExecutor) -> StepData:
-        """Decode and pack this rank's rows of a plan."""
-        rows = [plan.rows[j] for j in self._rows]
-        # All rows' images are under way at once, so that no thread waits at a row's end
-        decoded = iter(list(threads.map(self._images, [sample for row in rows for sample in row])))
+    def _build(self, plan: Plan, read: _Read) -> StepData:
+        """Read and pack this replica's rows of a plan."""
+        costs = plan.costs
+        shares = share_out(costs, self._dp_size)
+        mine = shares[self._dp_rank]
+        micro = share_out([costs[i] for i in mine], len(mine) // self._cfg.micro_packs)
+        rows = [[mine[i] for i in batch] for batch in micro]
+        planned = [[sample for i in batch for sample in plan.rows[i]] for batch in rows]
+        # All rows' samples are under way at once, so that no thread waits at a row's end
+        found = iter(read([sample for batch in planned for sample in batch]))
         batches, keys, drops = [], [], []
-        for row in rows:
+        for batch in planned:
             kept, names = [], []
-            for sample in row:
-                images = next(decoded)
-                if isinstance(images, SampleError):
-                    key = self._planner.name(sample.source, sample.record)
-                    drops.append(Drop(sample.source, images.reason, key))
+            for sample in batch:
+                encoded = next(found)
+                if isinstance(encoded, SampleError):
+                    key = self._encoder.name(sample.source, sample.record)
+                    drops.append(Drop(sample.source, encoded.reason, key))
                 else:
-                    kept.append(EncodedSample(tokens=sample.tokens, labels=sample.labels, images=images))
+                    kept.append(encoded)
                     names.append(sample.position)
-            batches.append(pack_batch(kept, self._cfg.pack.capacity, self._pad_id, self._spec.size))
+            capacity = self._cfg.pack.capacity * self._cfg.micro_packs
+            batches.append(pack_batch(kept, capacity, self._encoder.tokenizer.pad_id, self._encoder.spec.size))
             keys.append(names)
+        used = plan.used
+        loads = [sum(costs[i] for i in share) for share in shares]
         return StepData(
             batches=batches,
+            rows=rows,
             keys=keys,
             state=plan.state,
             planned_drops=plan.drops,
             local_drops=drops,
-            seen=plan.samples + len(plan.drops),
-            used=plan.samples,
+            seen=sum(used.values()) + len(plan.drops),
+            used=used,
+            delay=plan.delay,
+            vision_balance=max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0,
         )
 
-    def _images(self, sample: PlannedSample) -> Tensor | SampleError:
-        """[n, 3, S, S] uint8, or why there are none."""
-        encoded = list(self._folders[sample.source].images(sample.record)) if sample.images else []
+    def _read(self, sample: PlannedSample) -> EncodedSample | SampleError:
+        if self._stop.is_set():
+            raise RuntimeError("the loader is closed")
         try:
-            return torch.from_numpy(decode_images(encoded, self._spec, torch_resize))
+            return self._encoder.sample(sample)
         except SampleError as error:
             return error
+
+
+def _check(cfg: DataConfig, dp_size: int) -> None:
+    """Raises UserError for numbers that cannot work."""
+    if cfg.template not in TEMPLATES:
+        raise UserError(f"data.template={cfg.template} is unknown; choose one of {', '.join(TEMPLATES)}")
+    least = {"pack.pool": 1, "threads": 0, "prefetch": 1, "micro_packs": 1}
+    values = {"pack.pool": cfg.pack.pool, "threads": cfg.threads, "prefetch": cfg.prefetch}
+    values |= {"micro_packs": cfg.micro_packs}
+    if cfg.pack.vision_capacity is not None:
+        least["pack.vision_capacity"], values["pack.vision_capacity"] = 1, cfg.pack.vision_capacity
+    for name, value in values.items():
+        if value < least[name]:
+            raise UserError(f"data.{name}={value} must be at least {least[name]}")
+    if cfg.global_packs < 1 or cfg.global_packs % (dp_size * cfg.micro_packs):
+        raise UserError(
+            f"data.global_packs={cfg.global_packs} rows cannot be shared out to {dp_size} data-parallel ranks in "
+            f"micro-batches of {cfg.micro_packs}; make it a multiple of {dp_size * cfg.micro_packs}"
+        )
+    check_augment(cfg.augment)

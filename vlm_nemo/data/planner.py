@@ -1,38 +1,30 @@
-"""Decide which samples share which row, on lengths alone, before any image is decoded.
+"""Decide which samples share which row, on lengths alone, before any record is read or image decoded.
 
-Every rank plans the same global rows, so the ranks need not talk, and any number of them trains on the same batches.
+Every replica plans the same global rows, so they need not talk, and any number of them trains on the same batches.
 Where it stands is a few integers: the next position of the order, and the positions that wait in the pool.
+
+A record's length lies beside its shard (lengths.py), its images' sizes in the index. A source that has no lengths for
+this tokenizer and template is read and encoded here instead: right, but slow, and on every replica.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_nemo.data.chat import Template, encode_conversation
-from vlm_nemo.data.folders import Folder
-from vlm_nemo.data.layout import ImageSpec, count_tokens
-from vlm_nemo.data.mixture import Mixture
+from vlm_nemo.data.encode import Encoder, PlannedSample
+from vlm_nemo.data.layout import count_tokens, vision_cost
+from vlm_nemo.data.lengths import fingerprint, reason_of
+from vlm_nemo.data.mixture import Mixture, Place
 from vlm_nemo.data.packing import Packer
 from vlm_nemo.data.sample import TOO_LONG, Drop, SampleError
-from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import UserError
 
 MAX_DROPS_IN_A_ROW = 1000
 """So many samples dropped one after the other mean that the data, not a sample, is wrong."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedSample:
-    """A sample that has its place in a row; its images are still files."""
-
-    position: int
-    source: str
-    record: int
-    tokens: list[int]
-    labels: list[int]
-    images: int
+AHEAD = 512
+"""Places of the order that are looked up at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,84 +34,88 @@ class Plan:
     rows: list[list[PlannedSample]]
     drops: list[Drop]
     """Samples that the plan left out on the way."""
+    delay: int
+    """The longest that a sample waited for its row: samples that were drawn after it until then."""
     state: dict[str, Any]
     """Where to go on after this step."""
 
     @property
-    def samples(self) -> int:
-        return sum(len(row) for row in self.rows)
+    def used(self) -> dict[str, int]:
+        """Samples in the rows, by source."""
+        return dict(Counter(sample.source for row in self.rows for sample in row))
+
+    @property
+    def costs(self) -> list[int]:
+        """Patches that the vision tower computes, by row."""
+        return [sum(sample.cost for sample in row) for row in self.rows]
 
 
 class Planner:
     """Walks through the order and fills rows."""
 
+    unmeasured: list[str]
+    """Sources without lengths."""
+
     def __init__(
         self,
-        folders: Mapping[str, Folder],
+        encoder: Encoder,
         mixture: Mixture,
-        tokenizer: Tokenizer,
-        template: Template,
-        spec: ImageSpec,
         *,
         capacity: int,
         pool: int,
         max_tokens: int,
-        order: dict[str, Any],
+        vision_capacity: int | None = None,
     ) -> None:
-        """max_tokens: longest sample; order: what the order depends on, kept in the state to be compared."""
-        self._folders = folders
+        """max_tokens: longest sample; capacity, pool, vision_capacity: see Packer."""
+        self._encoder = encoder
         self._mixture = mixture
-        self._tokenizer = tokenizer
-        self._template = template
-        self._spec = spec
         self._limit = min(capacity, max_tokens)
-        self._order = order
-        self._packer = Packer(capacity, pool)
+        self._vision_limit = vision_capacity
+        self._packer = Packer(capacity, pool, vision_capacity)
+        name = fingerprint(encoder.tokenizer, encoder.template)
+        self._text_tokens = {source: folder.text_tokens(name) for source, folder in encoder.folders.items()}
+        self.unmeasured = [source for source, lengths in self._text_tokens.items() if lengths is None]
         self._waiting: dict[int, PlannedSample] = {}
+        self._ahead: deque[Place] = deque()
         self._position = 0
         self._drops: list[Drop] = []
         self._in_a_row = 0
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises UserError if it belongs to another order of samples."""
-        for key, value in self._order.items():
+        for key, value in self._mixture.identity.items():
             if state["order"].get(key) != value:
                 raise UserError(
                     f"the checkpoint's data order has {key}={state['order'].get(key)}, this run {key}={value}; go back "
                     "to it, or start a new run from the checkpoint's weights (checkpoint=DIR and another run_dir)"
                 )
         for position in state["pool"]:
-            self._admit(position)
+            self._admit(position, self._mixture[position])
         self._position = int(state["position"])
+        self._ahead.clear()
 
     def step(self, rows: int) -> Plan:
         """Plan so many rows."""
-        planned = []
+        planned, delay = [], 0
         for _ in range(rows):
             while not self._packer.full:
-                self._admit(self._position)
+                if not self._ahead:
+                    self._ahead.extend(self._mixture.places(self._position, AHEAD))
+                self._admit(self._position, self._ahead.popleft())
                 self._position += 1
-            planned.append([self._waiting.pop(position) for position in self._packer.pop()])
+            row = [self._waiting.pop(position) for position in self._packer.pop()]
+            delay = max(delay, self._position - 1 - row[0].position)  # the oldest comes first
+            planned.append(row)
         drops, self._drops = self._drops, []
-        state = {"position": self._position, "pool": self._packer.items, "order": self._order}
-        return Plan(rows=planned, drops=drops, state=state)
+        state = {"position": self._position, "pool": self._packer.items, "order": self._mixture.identity}
+        return Plan(rows=planned, drops=drops, delay=delay, state=state)
 
-    def name(self, source: str, record: int) -> str:
-        """A record's name for logs: shard and member, and its name in the raw data if it can be read."""
-        folder = self._folders[source]
+    def _admit(self, position: int, place: Place) -> None:
+        """Put into the pool; or drop."""
         try:
-            origin = folder.record(record).source_id
-        except SampleError:
-            origin = ""
-        return f"{folder.key(record)} ({origin})" if origin else folder.key(record)
-
-    def _admit(self, position: int) -> None:
-        """Read, encode and put into the pool; or drop."""
-        place = self._mixture[position]
-        try:
-            sample = self._encode(position, place.source, place.record)
+            sample = self._measure(position, place)
         except SampleError as error:
-            self._drops.append(Drop(place.source, error.reason, self.name(place.source, place.record)))
+            self._drops.append(Drop(place.source, error.reason, self._encoder.name(place.source, place.record)))
             self._in_a_row += 1
             if self._in_a_row >= MAX_DROPS_IN_A_ROW:
                 raise UserError(
@@ -128,23 +124,31 @@ class Planner:
                 ) from None
             return
         self._in_a_row = 0
-        self._packer.add(position, len(sample.tokens))
+        self._packer.add(position, sample.length, sample.cost)
         self._waiting[position] = sample
 
-    def _encode(self, position: int, source: str, number: int) -> PlannedSample:
-        record = self._folders[source].record(number)
-        image_tokens = [count_tokens(self._spec, size) for size in record.sizes]
-        tokens, labels = encode_conversation(record.messages, self._tokenizer, self._template, image_tokens)
-        if len(tokens) > self._limit:
+    def _measure(self, position: int, place: Place) -> PlannedSample:
+        source, epoch, record = place
+        spec = self._encoder.spec
+        sizes = self._encoder.folders[source].sizes(record)
+        lengths = self._text_tokens[source]
+        if lengths is not None:
+            length, encoded = int(lengths[record]), None
+            if length < 0:
+                raise SampleError(reason_of(length), "found when its length was measured")
+            for size in sizes:
+                length += count_tokens(spec, size)
+        else:
+            encoded = self._encoder.tokens(source, record)
+            length = len(encoded[0])
+        if length > self._limit:
             raise SampleError(
                 TOO_LONG,
-                f"{len(tokens)} tokens, the limit is {self._limit} (data.pack.capacity, model.language.max_positions)",
+                f"{length} tokens, the limit is {self._limit} (data.pack.capacity, model.language.max_positions)",
             )
-        return PlannedSample(
-            position=position,
-            source=source,
-            record=number,
-            tokens=tokens,
-            labels=labels,
-            images=len(record.sizes),
-        )
+        cost = sum(vision_cost(spec, size) for size in sizes)
+        if self._vision_limit is not None and cost > self._vision_limit:
+            raise SampleError(
+                TOO_LONG, f"{cost} patches, the limit is {self._vision_limit} (data.pack.vision_capacity)"
+            )
+        return PlannedSample(position, source, epoch, record, length, cost, encoded)

@@ -212,13 +212,7 @@ def _save(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _ledger(manifests: dict[str, dict[str, Any]]) -> Ledger:
     """All sources' samples, in the same form as a training run's ledger."""
-    return Ledger.from_json(
-        {
-            "seen": sum(m["seen"] for m in manifests.values()),
-            "used": sum(m["records"] for m in manifests.values()),
-            "dropped": {name: m["dropped"] for name, m in manifests.items() if m["dropped"]},
-        }
-    )
+    return Ledger.of({name: (m["records"], m["dropped"]) for name, m in manifests.items()})
 
 
 def _tally(dropped: dict[str, int]) -> str:

@@ -22,6 +22,7 @@ TOO_LONG = "too long"
 NO_LABEL = "no label"
 BAD_JSON = "bad json"
 SPECIAL_TOKEN = "special token in text"
+WRONG_LENGTH = "wrong length"
 REASONS = (
     MISSING_IMAGE,
     BROKEN_IMAGE,
@@ -33,6 +34,7 @@ REASONS = (
     NO_LABEL,
     BAD_JSON,
     SPECIAL_TOKEN,
+    WRONG_LENGTH,
 )
 
 

@@ -133,3 +133,57 @@ def pipeline_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_group()
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Ranks that share every layer of this stage; the first of them has tensor rank 0."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def replica_group() -> dist.ProcessGroup:
+    """Ranks that hold one replica of the model (tensor x pipeline); the first has tensor rank 0 of the first stage."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_model_parallel_group()
+
+
+def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup) -> bytes:
+    """What the group's first rank hands in, on all of them; the others hand in None. Over the CPU's network."""
+    source = dist.get_process_group_ranks(group)[0]
+    size = torch.tensor([len(data) if data is not None else 0])
+    dist.broadcast(size, source, group=group)
+    content = _as_tensor(data) if data is not None else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(content, source, group=group)
+    return data if data is not None else content.numpy().tobytes()
+
+
+def send_bytes(data: bytes, rank: int) -> None:
+    """To one rank (global number), which waits in `receive_bytes`. Over the CPU's network."""
+    dist.send(torch.tensor([len(data)]), rank)
+    dist.send(_as_tensor(data), rank)
+
+
+def receive_bytes(rank: int) -> bytes:
+    """What `rank` (global number) sends."""
+    size = torch.zeros(1, dtype=torch.int64)
+    dist.recv(size, rank)
+    content = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(content, rank)
+    return content.numpy().tobytes()
+
+
+def gather_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """What every rank of the group hands in, in their order, on all of them. Over the CPU's network."""
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    longest = max(int(size) for size in sizes)
+    padded = _as_tensor(data.ljust(longest, b"\0"))
+    found = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(found, padded, group=group)
+    return [content.numpy().tobytes()[: int(size)] for content, size in zip(found, sizes, strict=True)]
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

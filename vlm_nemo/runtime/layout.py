@@ -17,20 +17,21 @@ def check_layout(
     *,
     world_size: int,
     global_packs: int | None = None,
+    micro_packs: int = 1,
     capacity: int | None = None,
 ) -> None:
     """Raise UserError, one line that says what to change, where these cannot work together.
 
     model: None where it is not known yet (it lies in a checkpoint); call again when it is.
-    global_packs, capacity: of the data, for training; None where no packs are read.
+    global_packs, micro_packs, capacity: of the data, for training; None where no packs are read.
     """
     _check_sizes(parallel)
     if model is not None:
         _check_heads(model)
         _check_tensor(parallel, model)
         _check_pipeline(parallel, model)
-    _check_world(parallel, world_size, global_packs)
-    if parallel.sequence and capacity is not None and capacity % parallel.tensor:
+    _check_world(parallel, world_size, global_packs, micro_packs)
+    if parallel.sequence and capacity is not None and capacity * micro_packs % parallel.tensor:
         raise UserError(
             f"parallel.sequence shards each row over {parallel.tensor} ranks, which do not divide "
             f"data.pack.capacity={capacity}; make it a multiple of {parallel.tensor}"
@@ -99,7 +100,7 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_world(parallel: ParallelConfig, world_size: int, global_packs: int | None) -> None:
+def _check_world(parallel: ParallelConfig, world_size: int, global_packs: int | None, micro_packs: int) -> None:
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
         raise UserError(
@@ -110,16 +111,25 @@ def _check_world(parallel: ParallelConfig, world_size: int, global_packs: int | 
     if global_packs is None:
         return
     data_ranks = world_size // model_ranks
+    if micro_packs < 1:
+        raise UserError(f"data.micro_packs={micro_packs}: the smallest is 1")
     if global_packs % data_ranks:
         fewer = max(n for n in range(1, data_ranks) if global_packs % n == 0)
         raise UserError(
             f"{world_size} ranks make {data_ranks} data-parallel ranks, which do not divide "
             f"data.global_packs={global_packs}; start {fewer * model_ranks} ranks or make data.global_packs "
-            f"a multiple of {data_ranks}"
+            f"a multiple of {data_ranks * micro_packs}"
         )
-    if parallel.virtual > 1 and global_packs // data_ranks % parallel.pipeline:
+    own = global_packs // data_ranks
+    if own % micro_packs:
         raise UserError(
-            f"the interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline} packs a data-parallel "
-            f"rank and has {global_packs // data_ranks}; make data.global_packs a multiple of "
-            f"{parallel.pipeline * data_ranks} or set parallel.virtual=1"
+            f"data.global_packs={global_packs} is {own} packs a data-parallel rank, which "
+            f"data.micro_packs={micro_packs} does not divide; make data.global_packs a multiple of "
+            f"{data_ranks * micro_packs} or lower data.micro_packs"
+        )
+    if parallel.virtual > 1 and own // micro_packs % parallel.pipeline:
+        raise UserError(
+            f"the interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline} micro-batches a "
+            f"data-parallel rank and has {own // micro_packs}; make data.global_packs a multiple of "
+            f"{parallel.pipeline * data_ranks * micro_packs} or set parallel.virtual=1"
         )

@@ -36,6 +36,12 @@ class StepMetrics:
     """Needed FLOPs (flops.py) over what the devices could do at peak; null where the peak is not known."""
     data_wait_s: float
     """The longest that a rank waited for its rows."""
+    fill: float
+    """Share of the rows' places that hold tokens."""
+    vision_balance: float
+    """Patches of the replica that has most over the mean; 1 = all carry the same vision work."""
+    delay: int
+    """The longest that a sample waited for its row: samples drawn after it until then."""
     skipped: int
     """1 where the gradient was not finite and no weight moved."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from vlm_nemo.data.config import DataConfig
+from vlm_nemo.data.feed import Feed
 from vlm_nemo.data.ledger import Ledger
-from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.model.batch import ModelBatch, model_batch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vision import output_tokens
@@ -27,11 +25,11 @@ from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest
 from vlm_nemo.train import checkpoint
+from vlm_nemo.train.accounting import Accounting
 from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
-from vlm_nemo.train.flops import step_flops
-from vlm_nemo.train.metrics import MetricsWriter, StepMetrics
-from vlm_nemo.train.optim import part_rates, set_rates
-from vlm_nemo.train.step import StepResult, train_step
+from vlm_nemo.train.metrics import MetricsWriter
+from vlm_nemo.train.optim import set_rates
+from vlm_nemo.train.step import train_step
 from vlm_nemo.types import PackedBatch, UserError
 
 log = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ class Trainer:
     chunks: list[VLM]
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    loader: Loader
+    loader: Feed
     ledger: Ledger
     metrics: MetricsWriter | None
     """On the main rank only."""
@@ -79,6 +77,14 @@ class Trainer:
         recent: deque[float] = deque(maxlen=20)
         skipped_in_a_row = 0
         step = saved = self.start
+        books = Accounting(
+            ranks=self.ranks,
+            ledger=self.ledger,
+            model_cfg=self.model_cfg,
+            data_cfg=self.data_cfg,
+            optim_cfg=self.optim_cfg,
+            trainer_cfg=self.trainer_cfg,
+        )
         self._write_progress(step)
         # Ranks see a signal at different moments: only what they agreed on together may end the loop.
         stopping = groups.max_over([self.request.name is not None])[0] > 0
@@ -92,10 +98,18 @@ class Trainer:
             self.updates += result.applied
             device.synchronize()
             recent.append(time.perf_counter() - began)
-            metrics, stopping = self._summarise(step, data, result, factor, recent[-1])
+            metrics, stopping = books.book(
+                step,
+                data,
+                result,
+                factor=factor,
+                seconds=recent[-1],
+                waited=self.loader.wait_s,
+                stop=self.request.name is not None,
+            )
             if self.metrics is not None:
                 self.metrics.write(metrics, sum(recent) / len(recent))
-            self._judge()
+            self._judge(books)
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise UserError(
@@ -108,6 +122,7 @@ class Trainer:
                 saved = step
         if step > saved:
             self._save(step, data.state)
+        self._say(self.ledger.table())
         if stopping:
             name = self.request.name or "a signal to another rank"
             done = f"after step {step} with a checkpoint" if step else "before the first step"
@@ -126,70 +141,18 @@ class Trainer:
             device=device.device(),
         )
 
-    def _summarise(
-        self, step: int, data: StepData, result: StepResult, factor: float, seconds: float
-    ) -> tuple[StepMetrics, bool]:
-        """The job's view of the step, and whether any rank was asked to stop: one sum over all ranks."""
-        rates = part_rates(self.optim_cfg)
-        # One tensor rank of each stage speaks: the first stage about the data, the last about the loss.
-        tells_data = self.ranks.first_stage and self.ranks.tensor_rank == 0
-        tells_loss = self.ranks.last_stage and self.ranks.tensor_rank == 0
-        supervised = sum(row.supervised for row in data.batches)
-        flops = step_flops(
-            self.model_cfg,
-            {part: rate is not None for part, rate in rates.items()},
-            lengths=[n for row in data.batches for n in sample_lengths(row)],
-            images=sum(row.images.shape[0] for row in data.batches),
-            supervised=supervised,
-        )
-        loss_sum, loss_tokens, tokens, samples, supervised_all, work, lost, stop = groups.sum_over(
-            [
-                result.loss_sum * tells_loss,
-                result.loss_tokens * tells_loss,
-                sum(row.used_tokens for row in data.batches) * tells_data,
-                sum(row.samples for row in data.batches) * tells_data,
-                supervised * tells_data,
-                flops.total * tells_data,
-                len(data.local_drops) * tells_data,
-                self.request.name is not None,
-            ]
-        )
-        self._count(data, int(lost))
-        waited = groups.max_over([self.loader.wait_s])[0]
-        peak = self.trainer_cfg.peak_tflops if device.on_cuda() else None
-        metrics = StepMetrics(
-            step=step,
-            loss=loss_sum / loss_tokens if loss_tokens else math.nan,
-            grad_norm=result.grad_norm,
-            lr=factor * max(rate for rate in rates.values() if rate is not None),
-            supervised_tokens=int(supervised_all),
-            tokens=int(tokens),
-            samples=int(samples),
-            tokens_per_s=tokens / seconds,
-            mfu=work / (seconds * peak * 1e12 * self.ranks.world) if peak else None,
-            data_wait_s=waited,
-            skipped=int(not result.applied),
-        )
-        return metrics, stop > 0
-
-    def _count(self, data: StepData, lost: int) -> None:
-        """Enter the step into the ledger. Drops found while decoding are known to one data rank each: share them."""
-        drops = list(data.local_drops)
-        if lost:
-            gathered: list[Any] = [None] * self.ranks.data
-            dist.all_gather_object(gathered, drops, group=groups.data_group())
-            drops = [drop for found in gathered for drop in found]
-        self.ledger.add(seen=data.seen, used=data.used - len(drops), drops=[*data.planned_drops, *drops])
-
-    def _judge(self) -> None:
-        """Stop the run where too many samples are bad; what was found so far is on disk by then."""
+    def _judge(self, books: Accounting) -> None:
+        """Stop the run where too many samples are bad; what was found so far is on disk and in the log by then."""
         try:
-            self.ledger.check(self.data_cfg.max_bad_fraction, self.data_cfg.min_samples_before_stop)
+            books.judge()
         except UserError:
             self._write_ledger()
+            self._say(self.ledger.table())
             raise
 
     def _save(self, step: int, loader_state: dict[str, Any]) -> None:
+        # Seen is what the order gave out, less what still waits for its row
+        self.ledger.assert_whole(loader_state["position"] - len(loader_state["pool"]))
         state = {"loader": loader_state, "ledger": self.ledger.to_json(), "updates": self.updates}
         checkpoint.save(
             self.run_dir / "checkpoints",
@@ -223,9 +186,3 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.metrics is not None:
             self.metrics.say(line)
-
-
-def sample_lengths(row: PackedBatch) -> list[int]:
-    """Tokens of each sample of a row, padding left out."""
-    cu = [c for c in row.cu_seqlens.tolist() if c <= row.used_tokens]
-    return [b - a for a, b in zip(cu, cu[1:], strict=False)]

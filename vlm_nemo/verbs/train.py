@@ -12,6 +12,7 @@ import torch.distributed as dist
 import yaml
 
 from vlm_nemo.config import Config
+from vlm_nemo.data.feed import Feed
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -67,15 +68,18 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
                 f"ids mean other words; use {origin}/tokenizer, or start the language afresh (checkpoint.reset)"
             )
     # Closed however this ends: an interpreter that exits while the thread decodes aborts instead of saying why
-    loader = Loader(
-        cfg.data,
-        spec_of(cfg.model.vision),
-        tokenizer,
-        seed=cfg.seed,
-        max_tokens=cfg.model.language.max_positions,
-        dp_rank=ranks.data_rank,
-        dp_size=ranks.data,
-        state=saved.state["loader"] if saved else None,
+    loader = Feed(
+        lambda: Loader(
+            cfg.data,
+            spec_of(cfg.model.vision),
+            tokenizer,
+            seed=cfg.seed,
+            max_tokens=cfg.model.language.max_positions,
+            dp_rank=ranks.data_rank,
+            dp_size=ranks.data,
+            state=saved.state["loader"] if saved else None,
+        ),
+        ranks,
     )
     opened.callback(loader.close)
     if ranks.main:

@@ -1,0 +1,1 @@
+"""One command for every claim about speed or packing. README.md lists them with their figures."""

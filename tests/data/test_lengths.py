@@ -1,0 +1,77 @@
+"""Lengths beside a shard: exactly what encoding gives, under a name that changes when an id could."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from vlm_nemo.data.chat import TEMPLATES, encode_conversation
+from vlm_nemo.data.layout import image_spec, vision_cost
+from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, reason_of, write_lengths
+from vlm_nemo.data.sample import BAD_JSON, IMAGE_WITHOUT_MARKER, NO_LABEL, REASONS, Record, SampleError
+from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.types import UserError
+
+SHORT = TEMPLATES["short"]
+
+
+def test_a_length_is_what_encoding_gives_without_the_placeholders(prepared: Path, tokenizer: Tokenizer) -> None:
+    folder = ShardFolder(prepared / "instruct")
+    records = [folder.record(i) for i in range(len(folder))]
+    found = measure(records, tokenizer, SHORT)
+    assert found.dtype == np.int32 and {len(r.sizes) for r in records} == {0, 1, 2}
+    for n, record in zip(found.tolist(), records, strict=True):
+        for each in (0, 7):
+            tokens, _ = encode_conversation(record.messages, tokenizer, SHORT, [each] * len(record.sizes))
+            assert len(tokens) == n + each * len(record.sizes)
+
+
+def test_what_cannot_be_used_is_a_reason(tokenizer: Tokenizer) -> None:
+    def record(answer: str, sizes: list[tuple[int, int]]) -> Record:
+        messages = [{"role": "user", "content": "hue?"}, {"role": "assistant", "content": answer}]
+        return Record(messages=messages, kind=None, source_id="", sizes=sizes)  # type: ignore[arg-type]
+
+    found = measure(
+        [record("red", []), record(" ", []), record("red", [(9, 9)]), SampleError(BAD_JSON, "x")], tokenizer, SHORT
+    )
+    assert found[0] > 0
+    assert [reason_of(int(n)) for n in found[1:]] == [NO_LABEL, IMAGE_WITHOUT_MARKER, BAD_JSON]
+    with pytest.raises(UserError, match="no reason of this version"):
+        reason_of(-len(REASONS) - 1)
+
+
+def test_the_fingerprint_follows_the_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    name = fingerprint(tokenizer, SHORT)
+    assert len(name) == 12 and int(name, 16) >= 0
+    assert fingerprint(Tokenizer(shutil.copytree(tokenizer.folder, tmp_path / "same")), SHORT) == name
+    assert fingerprint(tokenizer, replace(SHORT, user_end=" ")) != name
+    other = shutil.copytree(tokenizer.folder, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert fingerprint(Tokenizer(other), SHORT) != name
+    swapped = shutil.copytree(tokenizer.folder, tmp_path / "swapped")
+    config = json.loads((swapped / "tokenizer_config.json").read_text())
+    config["bos_token"], config["eos_token"] = config["eos_token"], config["bos_token"]
+    (swapped / "tokenizer_config.json").write_text(json.dumps(config))
+    assert fingerprint(Tokenizer(swapped), SHORT) != name
+
+
+def test_a_sidecar_is_written_whole(tmp_path: Path) -> None:
+    path = lengths_path(tmp_path / "00007.tar", "0123456789ab")
+    assert path.name == "00007.tar.lengths-0123456789ab.safetensors"
+    write_lengths(path, np.array([5, -2, 9], dtype=np.int32))
+    assert load_file(path)["text_tokens"].tolist() == [5, -2, 9]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_vision_cost_is_the_patches_that_are_computed() -> None:
+    assert vision_cost(image_spec(336, 14, False, "pad", (0.5, 0.5, 0.5)), (640, 480)) == 576
+    assert vision_cost(image_spec(64, 16, True, "crop", (0.5, 0.5, 0.5)), (40, 30)) == 16

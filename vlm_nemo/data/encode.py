@@ -1,0 +1,100 @@
+"""One sample of a source, read: its record becomes tokens and labels, its files become images. Threads may share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm_nemo.data.augment import augment_image, augment_messages, changes_images, sample_rng
+from vlm_nemo.data.chat import Template, encode_conversation
+from vlm_nemo.data.config import AugmentConfig
+from vlm_nemo.data.folders import Folder
+from vlm_nemo.data.image import Pixels, decode_images
+from vlm_nemo.data.layout import ImageSpec, count_tokens
+from vlm_nemo.data.resize import torch_resize
+from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError
+from vlm_nemo.data.tokenizer import Tokenizer
+
+
+class PlannedSample(NamedTuple):
+    """A sample that has its place in a row; its images are still files."""
+
+    position: int
+    """In the global order: its identity."""
+    source: str
+    epoch: int
+    record: int
+    length: int
+    """Tokens, placeholders included."""
+    cost: int
+    """Patches that the vision tower computes."""
+    encoded: tuple[list[int], list[int]] | None
+    """Tokens and labels, where the plan had to make them to know the length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Everything that turns records into samples, the same on every rank."""
+
+    folders: Mapping[str, Folder]
+    tokenizer: Tokenizer
+    template: Template
+    spec: ImageSpec
+    augment: AugmentConfig
+    seed: int
+    """Of the augmentation."""
+
+    def tokens(self, source: str, number: int) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a record. Raises SampleError."""
+        return self._tokens(self.folders[source].record(number))
+
+    def sample(self, planned: PlannedSample) -> EncodedSample:
+        """Read and decode. Raises SampleError: what cannot be used, and a record that is not as long as planned (its
+        lengths were made for other data): it would not fit its place in the row."""
+        folder = self.folders[planned.source]
+        rng = sample_rng(self.seed, planned.source, planned.epoch, planned.record)
+        if planned.encoded is not None and not self.augment.text_dropout:
+            tokens, labels = planned.encoded
+        else:
+            record = folder.record(planned.record)
+            tokens, labels = self._tokens(record)
+            if len(tokens) != planned.length:
+                raise SampleError(
+                    WRONG_LENGTH,
+                    f"{len(tokens)} tokens, planned with {planned.length}: the lengths beside the shard are those of "
+                    "other data; run `vlm-nemo prepare` again",
+                )
+            if self.augment.text_dropout:
+                changed = self._tokens(replace(record, messages=augment_messages(record.messages, self.augment, rng)))
+                # Less text may, with some tokenizers, take more tokens: then the text stays
+                if len(changed[0]) <= planned.length:
+                    tokens, labels = changed
+        return EncodedSample(tokens=tokens, labels=labels, images=self._images(folder, planned, rng))
+
+    def name(self, source: str, record: int) -> str:
+        """A record's name for logs: shard and member, and its name in the raw data if it can be read."""
+        folder = self.folders[source]
+        try:
+            origin = folder.record(record).source_id
+        except SampleError:
+            origin = ""
+        return f"{folder.key(record)} ({origin})" if origin else folder.key(record)
+
+    def _tokens(self, record: Record) -> tuple[list[int], list[int]]:
+        image_tokens = [count_tokens(self.spec, size) for size in record.sizes]
+        return encode_conversation(record.messages, self.tokenizer, self.template, image_tokens)
+
+    def _images(self, folder: Folder, planned: PlannedSample, rng: np.random.Generator) -> Tensor:
+        """[n, 3, S, S] uint8"""
+
+        def change(pixels: Pixels) -> Pixels:
+            return augment_image(pixels, self.augment, rng, torch_resize)
+
+        images = folder.images(planned.record)
+        augment = change if changes_images(self.augment) else None
+        return torch.from_numpy(decode_images(images, self.spec, torch_resize, augment))

@@ -1,0 +1,113 @@
+"""What a step did, as the whole job sees it: the metrics, and every sample of it in the ledger."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from vlm_nemo.data.config import DataConfig
+from vlm_nemo.data.ledger import Ledger
+from vlm_nemo.data.loader import StepData
+from vlm_nemo.data.sample import Drop
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime.groups import Ranks
+from vlm_nemo.train.config import OptimConfig, TrainerConfig
+from vlm_nemo.train.flops import step_flops
+from vlm_nemo.train.metrics import StepMetrics
+from vlm_nemo.train.optim import part_rates
+from vlm_nemo.train.step import StepResult
+from vlm_nemo.types import PackedBatch
+
+
+@dataclass(kw_only=True)
+class Accounting:
+    """Books steps; all ranks call it together and come to the same ledger."""
+
+    ranks: Ranks
+    ledger: Ledger
+    model_cfg: ModelConfig
+    data_cfg: DataConfig
+    optim_cfg: OptimConfig
+    trainer_cfg: TrainerConfig
+
+    def book(
+        self,
+        step: int,
+        data: StepData,
+        result: StepResult,
+        *,
+        factor: float,
+        seconds: float,
+        waited: float,
+        stop: bool,
+    ) -> tuple[StepMetrics, bool]:
+        """The step's metrics, and whether any rank was asked to stop: one sum over all ranks.
+
+        factor: of the learning rates; seconds: the step's; waited: for its data; stop: this rank was asked to.
+        """
+        rates = part_rates(self.optim_cfg)
+        # One tensor rank of each stage speaks: the first stage about the data, the last about the loss.
+        tells_data = self.ranks.first_stage and self.ranks.tensor_rank == 0
+        tells_loss = self.ranks.last_stage and self.ranks.tensor_rank == 0
+        told = [0.0] * 5
+        if tells_data:  # the reader: the other ranks of its replica have only parts of its rows
+            supervised = sum(batch.supervised for batch in data.batches)
+            flops = step_flops(
+                self.model_cfg,
+                {part: rate is not None for part, rate in rates.items()},
+                lengths=[n for batch in data.batches for n in sample_lengths(batch)],
+                images=sum(batch.images.shape[0] for batch in data.batches),
+                supervised=supervised,
+            )
+            tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
+            told = [tokens, samples, supervised, flops.total, len(data.local_drops)]
+        loss_sum, loss_tokens, tokens, samples, supervised_all, work, lost, stops = groups.sum_over(
+            [result.loss_sum * tells_loss, result.loss_tokens * tells_loss, *told, stop]
+        )
+        self._count(data, int(lost))
+        peak = self.trainer_cfg.peak_tflops if device.on_cuda() else None
+        metrics = StepMetrics(
+            step=step,
+            loss=loss_sum / loss_tokens if loss_tokens else math.nan,
+            grad_norm=result.grad_norm,
+            lr=factor * max(rate for rate in rates.values() if rate is not None),
+            supervised_tokens=int(supervised_all),
+            tokens=int(tokens),
+            samples=int(samples),
+            tokens_per_s=tokens / seconds,
+            mfu=work / (seconds * peak * 1e12 * self.ranks.world) if peak else None,
+            data_wait_s=groups.max_over([waited])[0],
+            fill=tokens / (self.data_cfg.global_packs * self.data_cfg.pack.capacity),
+            vision_balance=data.vision_balance,
+            delay=data.delay,
+            skipped=int(not result.applied),
+        )
+        return metrics, stops > 0
+
+    def _count(self, data: StepData, lost: int) -> None:
+        """Enter the step into the ledger. Drops found while reading are known to one replica each: share them."""
+        drops = data.local_drops
+        if lost:
+            gathered = groups.gather_bytes(json.dumps(drops).encode(), groups.data_group())
+            drops = [Drop(*drop) for found in gathered for drop in json.loads(found)]
+        used = Counter(data.used)
+        used.subtract(drop.source for drop in drops)
+        self.ledger.add(seen=data.seen, used=used, drops=[*data.planned_drops, *drops])
+
+    def judge(self) -> None:
+        """Raises UserError where too many samples are bad, of one source or of all."""
+        sources = self.data_cfg.sources.items()
+        self.ledger.check(
+            self.data_cfg.max_bad_fraction,
+            self.data_cfg.min_samples_before_stop,
+            own={name: source.max_bad_fraction for name, source in sources if source.max_bad_fraction is not None},
+        )
+
+
+def sample_lengths(batch: PackedBatch) -> list[int]:
+    """Tokens of each sample of a batch, padding left out."""
+    cu = [c for c in batch.cu_seqlens.tolist() if c <= batch.used_tokens]
+    return [b - a for a, b in zip(cu, cu[1:], strict=False)]
