@@ -194,6 +194,7 @@ def test_a_full_row_has_no_padding_segment_and_an_empty_one_is_all_padding() -> 
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
+@settings(deadline=None)
 def test_positions_restart_in_every_segment(lengths: list[int]) -> None:
     expected = [t for n in lengths for t in range(n)]
     assert segment_positions(lengths).tolist() == expected
