@@ -47,10 +47,11 @@ def timed(work: Callable[[], object]) -> Side:
     return run
 
 
-def compare(ours: Side, theirs: Side, pairs: int) -> Paired:
-    """Run both once to warm up, then so many pairs."""
-    ours()
-    theirs()
+def compare(ours: Side, theirs: Side, pairs: int, *, warm_up: bool = True) -> Paired:
+    """Run both once to warm up, then so many pairs; warm_up=False: each run starts a process of its own."""
+    if warm_up:
+        ours()
+        theirs()
     found = Paired([], [])
     for pair in range(pairs):
         for is_ours in (True, False) if pair % 2 == 0 else (False, True):

@@ -49,7 +49,7 @@ def theirs(source: Path) -> Callable[[], int]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser("benchmarks.records", __doc__).parse_args(argv)
-    count, pairs = (200, 2) if args.quick else (4000, 40)
+    count, pairs = (200, 2) if args.quick else (2000, 40)
     rng = np.random.Generator(np.random.PCG64(3))
     rows = []
     with tempfile.TemporaryDirectory() as folder:

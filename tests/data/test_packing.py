@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_nemo.data.packing import LEVELS, Packer, fill, pack_batch, share_out
@@ -194,6 +194,7 @@ def test_a_full_row_has_no_padding_segment_and_an_empty_one_is_all_padding() -> 
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
+@settings(deadline=None)
 def test_positions_restart_in_every_segment(lengths: list[int]) -> None:
     expected = [t for n in lengths for t in range(n)]
     assert segment_positions(lengths).tolist() == expected
