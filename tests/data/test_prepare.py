@@ -247,7 +247,9 @@ def test_too_many_faults_stop_prepare_and_a_higher_limit_goes_on(tmp_path: Path)
     write_img2dataset(tmp_path / "captions", [pairs])
     write_llava(tmp_path, good_rows(5))
     write_manifest(tmp_path)
-    with pytest.raises(UserError, match=r"of 1\d+ samples had to be dropped .*, more than max_bad_fraction=0.01"):
+    with pytest.raises(
+        UserError, match=r"8 of 11 samples of source captions had to .*; more than max_bad_fraction=0.01"
+    ):
         prepare(config(tmp_path, min_samples_before_stop=10))
     ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
     assert ledger["dropped"] == {"captions": tally(BAD_PAIRS)}
