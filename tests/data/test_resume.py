@@ -175,6 +175,14 @@ def test_planning_reads_nothing_and_a_replica_reads_its_own(
     assert len(data.batches) == 3 and data.seen > 50
     # The thread is at most prefetch + 2 steps ahead
     assert 0 < sum(read.values()) <= 2 * 5 * sum(batch.samples for batch in data.batches)
+    # What the plan drops is read by the replica that tells its name, by no other
+    read.clear()
+    cfg = config(measured, sources={"instruct": SourceConfig(path=str(measured / "instruct"))})
+    for rank, names in ((0, "0000"), (1, "record ")):
+        loader = Loader(cfg, SPEC, tokenizer, seed=5, max_tokens=20, dp_rank=rank, dp_size=4)
+        drops = loader.next().planned_drops
+        loader.close()
+        assert drops and all(drop.key.startswith(names) for drop in drops)
 
 
 def test_lengths_change_nothing_but_the_speed(measured: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:

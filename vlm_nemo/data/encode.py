@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from vlm_nemo.data.augment import augment_image, augment_messages, changes_image
 from vlm_nemo.data.chat import Template, encode_conversation
 from vlm_nemo.data.config import AugmentConfig
 from vlm_nemo.data.folders import Folder
-from vlm_nemo.data.image import Pixels, decode_images
+from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec, count_tokens
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError
@@ -57,7 +58,7 @@ class Encoder:
         """Read and decode. Raises SampleError: what cannot be used, and a record that is not as long as planned (its
         lengths were made for other data): it would not fit its place in the row."""
         folder = self.folders[planned.source]
-        rng = sample_rng(self.seed, planned.source, planned.epoch, planned.record)
+        rng = self._rng(planned)
         if planned.encoded is not None and not self.augment.text_dropout:
             tokens, labels = planned.encoded
         else:
@@ -69,7 +70,7 @@ class Encoder:
                     f"{len(tokens)} tokens, planned with {planned.length}: the lengths beside the shard are those of "
                     "other data; run `vlm-nemo prepare` again",
                 )
-            if self.augment.text_dropout:
+            if rng is not None and self.augment.text_dropout:
                 changed = self._tokens(replace(record, messages=augment_messages(record.messages, self.augment, rng)))
                 # Less text may, with some tokenizers, take more tokens: then the text stays
                 if len(changed[0]) <= planned.length:
@@ -89,12 +90,14 @@ class Encoder:
         image_tokens = [count_tokens(self.spec, size) for size in record.sizes]
         return encode_conversation(record.messages, self.tokenizer, self.template, image_tokens)
 
-    def _images(self, folder: Folder, planned: PlannedSample, rng: np.random.Generator) -> Tensor:
+    def _rng(self, planned: PlannedSample) -> np.random.Generator | None:
+        """The sample's own generator; None where nothing is drawn from it."""
+        if not self.augment.text_dropout and not changes_images(self.augment):
+            return None
+        return sample_rng(self.seed, planned.source, planned.epoch, planned.record)
+
+    def _images(self, folder: Folder, planned: PlannedSample, rng: np.random.Generator | None) -> Tensor:
         """[n, 3, S, S] uint8"""
-
-        def change(pixels: Pixels) -> Pixels:
-            return augment_image(pixels, self.augment, rng, torch_resize)
-
+        augment = None if rng is None else partial(augment_image, cfg=self.augment, rng=rng, resize=torch_resize)
         images = folder.images(planned.record)
-        augment = change if changes_images(self.augment) else None
         return torch.from_numpy(decode_images(images, self.spec, torch_resize, augment))

@@ -51,7 +51,7 @@ class StepData:
     state: dict[str, Any]
     """What a Loader needs to go on after this step; JSON-able, the same on every rank."""
     planned_drops: list[Drop]
-    """Found by the plan: the same on every rank."""
+    """Found by the plan: the same on every rank, but only the first replica has their names."""
     local_drops: list[Drop]
     """Found while reading this replica's rows: to be gathered over the data-parallel ranks."""
     seen: int
@@ -111,6 +111,7 @@ class Loader:
             pool=cfg.pack.pool,
             max_tokens=max_tokens,
             vision_capacity=cfg.pack.vision_capacity,
+            names=dp_rank == 0,  # the replica of the one rank that tells them
         )
         if dp_rank == 0:
             for name in self._planner.unmeasured:

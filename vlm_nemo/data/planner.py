@@ -65,12 +65,15 @@ class Planner:
         pool: int,
         max_tokens: int,
         vision_capacity: int | None = None,
+        names: bool = True,
     ) -> None:
-        """max_tokens: longest sample; capacity, pool, vision_capacity: see Packer."""
+        """max_tokens: longest sample; capacity, pool, vision_capacity: see Packer; names: give dropped samples the
+        names that their shards have, which takes a read each; else their numbers."""
         self._encoder = encoder
         self._mixture = mixture
         self._limit = min(capacity, max_tokens)
         self._vision_limit = vision_capacity
+        self._names = names
         self._packer = Packer(capacity, pool, vision_capacity)
         name = fingerprint(encoder.tokenizer, encoder.template)
         self._text_tokens = {source: folder.text_tokens(name) for source, folder in encoder.folders.items()}
@@ -115,7 +118,8 @@ class Planner:
         try:
             sample = self._measure(position, place)
         except SampleError as error:
-            self._drops.append(Drop(place.source, error.reason, self._encoder.name(place.source, place.record)))
+            name = self._encoder.name(place.source, place.record) if self._names else f"record {place.record}"
+            self._drops.append(Drop(place.source, error.reason, name))
             self._in_a_row += 1
             if self._in_a_row >= MAX_DROPS_IN_A_ROW:
                 raise UserError(
