@@ -22,7 +22,7 @@ from benchmarks.report import parser, save, show
 from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec
 from vlm_nemo.data.resize import torch_resize
-from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.storage.shards import ShardFolder
 
 SIDE = 336
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

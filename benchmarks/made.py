@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_nemo.data.config import PrepareConfig
-from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.prepare.run import prepare
 
 SOURCE = "made"
 _COARSEST = 4

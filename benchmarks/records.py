@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.made import SOURCE, conversations, prepared, tars
 from benchmarks.paired import compare, timed
 from benchmarks.report import parser, save, show
-from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.storage.shards import ShardFolder
 
 
 def ours(source: Path, order: Sequence[int]) -> Callable[[], int]:

@@ -161,7 +161,7 @@ def test_a_bug_shows_its_traceback_and_the_rank(
 def test_the_composed_object_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     module = SimpleNamespace(prepare=seen.append)
-    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module={"vlm_nemo.data.prepare": module}.get))
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module={"vlm_nemo.data.prepare.run": module}.get))
     assert main(["prepare", "a/b.yaml", "out=c"]) == 0
     assert seen == [VERBS["prepare"].root(manifest="a/b.yaml", out="c")]
 

@@ -40,15 +40,15 @@ def test_every_verb_is_there() -> None:
 def test_the_tree_is_the_one_that_is_there() -> None:
     match = re.search(r"```text\nvlm_nemo/\n(.*?)```", README, flags=re.DOTALL)
     assert match is not None, "the README ends with the tree"
-    folder, listed = "", set()
+    folders: list[str] = []
+    listed = set()
     for line in match[1].splitlines():
-        name = line.split()[0]
-        if line.startswith("  ") and not line.startswith("   "):
-            folder = name if name.endswith("/") else ""
-            if not folder:
-                listed.add(name)
+        depth, name = (len(line) - len(line.lstrip())) // 2 - 1, line.split()[0]
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
         else:
-            listed.add(folder + name)
+            listed.add("".join(folders) + name)
     there = {
         path.relative_to(ROOT / "vlm_nemo").as_posix()
         for path in (ROOT / "vlm_nemo").rglob("*.py")

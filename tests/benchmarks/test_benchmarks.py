@@ -20,7 +20,7 @@ from benchmarks.packers import METHODS
 from benchmarks.packing import measure, mixes
 from benchmarks.paired import Paired, compare
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
-from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 
 NAMES = ("decode", "records", "loader", "packing")

@@ -16,9 +16,9 @@ from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig, PackConfig, PrepareConfig, SourceConfig
 from vlm_nemo.data.layout import ImageSpec
 from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, write_lengths
-from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.sample import Record, SampleError
-from vlm_nemo.data.shards import FORMAT, MANIFEST, ShardFolder, index_path
+from vlm_nemo.data.storage.shards import FORMAT, MANIFEST, ShardFolder, index_path
 from vlm_nemo.data.tokenizer import Tokenizer
 
 SPEC = ImageSpec(size=32, tokens=4, aspect="pad", mean=(0.5, 0.5, 0.5))

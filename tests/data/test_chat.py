@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_nemo.data.bpe import train_tokenizer
 from vlm_nemo.data.chat import TEMPLATES, Template, encode_conversation, encode_prompt
+from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.sample import (
     BAD_JSON,
     IMAGE_WITHOUT_MARKER,

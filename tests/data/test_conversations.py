@@ -10,9 +10,9 @@ from vlm_nemo.data.config import DataConfig, PackConfig, SourceConfig
 from vlm_nemo.data.image import decode_image
 from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.resize import torch_resize
-from vlm_nemo.data.shards import ShardImage, ShardSample
+from vlm_nemo.data.sample import ShardImage, ShardSample
+from vlm_nemo.data.storage.write import write_shard
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.data.write import write_shard
 from vlm_nemo.types import IGNORE_INDEX
 
 TEXT_ONLY = [

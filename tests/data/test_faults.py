@@ -18,10 +18,9 @@ from vlm_nemo.data import loader as loader_module
 from vlm_nemo.data.config import DataConfig, PackConfig, SourceConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader, StepData
-from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, WRONG_LENGTH
-from vlm_nemo.data.shards import ShardImage, ShardSample
+from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, WRONG_LENGTH, ShardImage, ShardSample
+from vlm_nemo.data.storage.write import write_shard
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.data.write import write_shard
 from vlm_nemo.types import UserError
 
 GOOD = picture(3)

@@ -15,7 +15,7 @@ from vlm_nemo.data.chat import TEMPLATES, encode_conversation
 from vlm_nemo.data.layout import image_spec, vision_cost
 from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, reason_of, write_lengths
 from vlm_nemo.data.sample import BAD_JSON, IMAGE_WITHOUT_MARKER, NO_LABEL, REASONS, Record, SampleError
-from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import UserError
 

@@ -23,12 +23,12 @@ from vlm_nemo.data.image import decode_image
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.mixture import Mixture, build_mixture
-from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.resize import torch_resize
-from vlm_nemo.data.sample import BROKEN_IMAGE, NO_LABEL, TOO_LONG, Drop
-from vlm_nemo.data.shards import ShardFolder, ShardImage, ShardSample, index_path
+from vlm_nemo.data.sample import BROKEN_IMAGE, NO_LABEL, TOO_LONG, Drop, ShardImage, ShardSample
+from vlm_nemo.data.storage.shards import ShardFolder, index_path
+from vlm_nemo.data.storage.write import write_shard
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.data.write import write_shard
 from vlm_nemo.types import UserError
 
 

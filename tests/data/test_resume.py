@@ -22,10 +22,10 @@ from tests.data.raw_data import SPEC, data_config, make_prepared, write_all_leng
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import AugmentConfig, DataConfig, PackConfig, SourceConfig
 from vlm_nemo.data.encode import Encoder
-from vlm_nemo.data.folders import Folder, open_folder
 from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.mixture import build_mixture
 from vlm_nemo.data.planner import Planner
+from vlm_nemo.data.storage.folders import Folder, open_folder
 from vlm_nemo.data.tokenizer import Tokenizer
 
 RECORDS = 140
@@ -162,7 +162,7 @@ def test_a_plan_that_is_stopped_anywhere_goes_on(
 def test_planning_reads_nothing_and_a_replica_reads_its_own(
     measured: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlm_nemo.data.shards import ShardFolder
+    from vlm_nemo.data.storage.shards import ShardFolder
 
     read: Counter[int] = Counter()
     real = ShardFolder.record

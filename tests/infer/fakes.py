@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_nemo.data.bpe import train_tokenizer
 from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.backend import Row
 

@@ -53,7 +53,7 @@ def open_feed(prepared: Path, ranks: Any, micro: int = 1) -> Any:
 def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
     """A few steps; what came of them, and what this rank read and was sent."""
     from vlm_nemo.data.feed import NO_TOKEN
-    from vlm_nemo.data.shards import ShardFolder
+    from vlm_nemo.data.storage.shards import ShardFolder
     from vlm_nemo.data.tokenizer import Tokenizer
     from vlm_nemo.model.batch import model_batch
     from vlm_nemo.model.build import build_model

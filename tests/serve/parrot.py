@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlm_nemo.data.bpe import train_tokenizer
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.engine import Engine

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
-from vlm_nemo.data.bpe import train_tokenizer
+from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.weights.preprocessing import preprocessor_config
 
 TEXTS = ["What colour is the star? It is red.", "A red star and a blue ring: two shapes, one row."] * 4

@@ -58,7 +58,7 @@ class AugmentConfig:
 
 @dataclass(kw_only=True)
 class StoreConfig:
-    """How bytes come from HTTP and object stores (`vlm_nemo.data.store`, `vlm_nemo.data.cache`)."""
+    """How bytes come from HTTP and object stores (`vlm_nemo.data.storage.store`, `vlm_nemo.data.storage.cache`)."""
 
     cache_dir: str = "~/.cache/vlm_nemo"
     """Folder on a local disk: what was fetched, and the indexes of tars that came without one."""
@@ -104,7 +104,7 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class PrepareConfig:
-    """From raw files to shards (`vlm_nemo.data.prepare`)."""
+    """From raw files to shards (`vlm_nemo.data.prepare.run`)."""
 
     manifest: str = MISSING
     """The dataset's manifest.yaml: where the raw files lie and what kind they are."""

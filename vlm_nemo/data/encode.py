@@ -14,11 +14,11 @@ from torch import Tensor
 from vlm_nemo.data.augment import augment_image, augment_messages, changes_images, sample_rng
 from vlm_nemo.data.chat import Template, encode_conversation
 from vlm_nemo.data.config import AugmentConfig
-from vlm_nemo.data.folders import Folder
 from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec, count_tokens
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError
+from vlm_nemo.data.storage.folders import Folder
 from vlm_nemo.data.tokenizer import Tokenizer
 
 

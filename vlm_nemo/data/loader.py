@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_nemo.data.augment import check_augment
-from vlm_nemo.data.cache import Cache
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.encode import Encoder, PlannedSample
-from vlm_nemo.data.folders import open_folder
 from vlm_nemo.data.layout import ImageSpec
 from vlm_nemo.data.mixture import build_mixture, drawn
 from vlm_nemo.data.packing import pack_batch, share_out
 from vlm_nemo.data.planner import Plan, Planner
 from vlm_nemo.data.sample import Drop, EncodedSample, SampleError
+from vlm_nemo.data.storage.cache import Cache
+from vlm_nemo.data.storage.folders import open_folder
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import PackedBatch, UserError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
@@ -77,6 +77,28 @@ class Record:
     """Width and height of each image, pixels, as it is shown (EXIF rotation applied)."""
     facts: dict[str, float | str] = field(default_factory=dict)
     """What the raw data said about it: similarity, language, …"""
+
+
+class ShardImage(NamedTuple):
+    """An image to write."""
+
+    data: bytes
+    extension: str
+    width: int
+    height: int
+
+
+class ShardSample(NamedTuple):
+    """A sample to write."""
+
+    key: str
+    """Without dots."""
+    messages: list[Message]
+    kind: str | None
+    source_id: str
+    images: list[ShardImage]
+    facts: Mapping[str, float | str] = {}
+    """What the raw data says about it; written beside the messages."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from vlm_nemo.data.chat import encode_prompt
-from vlm_nemo.data.folders import open_folder
 from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.sample import Message
+from vlm_nemo.data.storage.folders import open_folder
 from vlm_nemo.evaluate.config import EvaluateConfig
 from vlm_nemo.infer import replicas
 from vlm_nemo.infer.engine import Prompt

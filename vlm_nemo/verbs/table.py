@@ -50,7 +50,7 @@ VERBS: dict[str, Verb] = {
                 "vlm-nemo prepare my/manifest.yaml out=shards/my workers=16 tokenizer_vocab=32000 audit=true",
             ),
             root=PrepareConfig,
-            run="vlm_nemo.data.prepare:prepare",
+            run="vlm_nemo.data.prepare.run:prepare",
             positional="manifest",
             ranks=False,
             notes=(

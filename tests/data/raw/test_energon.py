@@ -12,10 +12,10 @@ import yaml
 
 from tests.data.raw_data import add_member, picture
 from vlm_nemo.data.config import PrepareConfig
-from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.raw.energon import energon_sample, expand_braces, read_energon, split_field
 from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, EMPTY_CAPTION, MISSING_IMAGE, NO_LABEL, SampleError
-from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.types import UserError
 
 CAPTIONS = {"image": "jpg,png", "caption": "json[caption][0],txt"}

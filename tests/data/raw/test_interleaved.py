@@ -13,11 +13,11 @@ from tests.data.raw.test_tables import write_table
 from tests.data.raw_data import picture, write_img2dataset
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
 from vlm_nemo.data.config import PrepareConfig
-from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.raw.kinds import KINDS
 from vlm_nemo.data.raw.unit import RawDrop, RawSample
 from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, MARKER_WITHOUT_IMAGE, MISSING_IMAGE, NO_LABEL
-from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import IGNORE_INDEX, UserError
 

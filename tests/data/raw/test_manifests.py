@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_nemo.data.prepare import read_manifest
+from vlm_nemo.data.prepare.run import read_manifest
 from vlm_nemo.data.raw.kinds import KINDS
 
 DATA = Path(__file__).parents[3] / "data"

@@ -14,11 +14,11 @@ from tests.data.raw.web import fetch, web
 from tests.data.raw_data import SPEC, picture
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.image import decode_images
-from vlm_nemo.data.prepare import prepare
+from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.raw.img2dataset import list_downloads
 from vlm_nemo.data.raw.unit import RawSample
 from vlm_nemo.data.sample import BROKEN_IMAGE, EMPTY_CAPTION, IMAGE_SIZE, SampleError
-from vlm_nemo.data.shards import ShardFolder
+from vlm_nemo.data.storage.shards import ShardFolder
 
 pytestmark = pytest.mark.timeout(900)  # the first run installs img2dataset
 

@@ -21,8 +21,7 @@ from vlm_nemo.data.raw.downloaded import Location, find_downloads, read_download
 from vlm_nemo.data.raw.messages import text_messages
 from vlm_nemo.data.raw.table import Rows, list_rows
 from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, facts_of, read_image, shard_image, stamp
-from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, IMAGE_SIZE, MISSING_IMAGE, SampleError
-from vlm_nemo.data.shards import ShardImage
+from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, IMAGE_SIZE, MISSING_IMAGE, SampleError, ShardImage
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 LOST = ("drop", "skip")

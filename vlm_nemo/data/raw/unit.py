@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vlm_nemo.data.header import read_header
-from vlm_nemo.data.sample import MISSING_IMAGE, Message, SampleError
-from vlm_nemo.data.shards import ShardImage
+from vlm_nemo.data.sample import MISSING_IMAGE, Message, SampleError, ShardImage
 
 LONGEST_FACT = 2048
 """Letters: an address is a fact, a document is not."""

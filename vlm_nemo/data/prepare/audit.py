@@ -1,0 +1,205 @@
+"""`vlm-nemo prepare … audit=true`: what is in the data, as tables, as audit/audit.json and as audit/audit.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.prepare.advice import Advice, advise, pack_fill, percent
+from vlm_nemo.data.prepare.convert import EXAMPLES
+from vlm_nemo.data.prepare.duplicates import Copies, count_copies
+from vlm_nemo.data.prepare.measure import mixed_lengths, sample_lengths
+from vlm_nemo.data.prepare.source_manifest import Manifest
+from vlm_nemo.data.prepare.survey import POINTS, Survey, percentiles, survey, to_json
+from vlm_nemo.data.sample import DUPLICATE, UNWANTED
+
+FOLDER = "audit"
+ALL = "all sources"
+CAPACITIES = (2048, 4096, 8192, 16384)
+"""Lengths of a row that most people choose from."""
+WIDTH = 140
+"""Columns of the tables at least."""
+LENGTH_SAMPLES = 20_000
+"""Lengths a source that are looked at."""
+
+
+def audit(
+    out: Path,
+    manifests: Mapping[str, Manifest],
+    trained_on: Mapping[str, Manifest],
+    fingerprint: str | None,
+    spec: ImageSpec,
+    cfg: PrepareConfig,
+) -> dict[str, Any]:
+    """Look at everything, print and write it; returns what audit.json holds.
+
+    trained_on: the sources that are mixed in training; fingerprint: of the lengths to use, None = those that the
+    manifests have, if they all agree.
+    """
+    from vlm_nemo.data.prepare.audit_plots import draw  # late: matplotlib
+
+    fingerprint = fingerprint or _common_lengths(manifests)
+    surveys = {name: survey(out / name, manifest, cfg.audit_samples) for name, manifest in manifests.items()}
+    copies = count_copies(
+        {name: [out / name / shard["name"] for shard in manifest["shards"]] for name, manifest in manifests.items()},
+        {name: sum(shard["images"] for shard in manifest["shards"]) for name, manifest in manifests.items()},
+    )
+    lengths: dict[str, np.ndarray] = {}
+    if fingerprint:
+        for name, manifest in manifests.items():
+            lengths[name] = sample_lengths(out / name, manifest, fingerprint, spec, LENGTH_SAMPLES)
+        if len(trained_on) > 1:
+            parts = {name: lengths[name] for name in trained_on}
+            lengths[ALL] = mixed_lengths(parts, {name: m["records"] for name, m in trained_on.items()})
+        lengths = {name: values for name, values in lengths.items() if len(values)}
+    capacities = sorted({*CAPACITIES, cfg.capacity})
+    advice = {name: advise(values, cfg.capacity) for name, values in lengths.items()}
+    fills = {name: {c: pack_fill(values, c) for c in capacities} for name, values in lengths.items()}
+    for name, one in advice.items():
+        fills[name][cfg.capacity] = one.wanted.fill  # of another sample: one thing has one figure
+    content = _content(manifests, surveys, copies, lengths, fills, advice, fingerprint, spec)
+    folder = out / FOLDER
+    folder.mkdir(exist_ok=True)
+    (folder / "audit.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw(folder / "audit.png", manifests, surveys, lengths, fills, cfg.capacity, ALL)
+    console = Console()
+    console.width = max(console.width, WIDTH)  # a log file is wide enough
+    _print(console, content, advice, cfg, folder)
+    return content
+
+
+def _common_lengths(manifests: Mapping[str, Manifest]) -> str | None:
+    """Lengths that every source has; the last one, as a tokenizer that was tried later is the likelier choice."""
+    common = set.intersection(*(set(manifest["lengths"]) for manifest in manifests.values()))
+    ordered = [fingerprint for manifest in manifests.values() for fingerprint in manifest["lengths"]]
+    return next((fingerprint for fingerprint in reversed(ordered) if fingerprint in common), None)
+
+
+def _content(
+    manifests: Mapping[str, Manifest],
+    surveys: Mapping[str, Survey],
+    copies: Copies,
+    lengths: Mapping[str, np.ndarray],
+    fills: Mapping[str, Mapping[int, float]],
+    advice: Mapping[str, Advice],
+    fingerprint: str | None,
+    spec: ImageSpec,
+) -> dict[str, Any]:
+    sources = {}
+    for name, manifest in manifests.items():
+        entry = {key: manifest[key] for key in ("kind", "seen", "records", "images", "bytes", "dropped", "filtered")}
+        entry |= {"examples": examples(manifest), "image_copies": copies.within[name]} | to_json(surveys[name])
+        if fingerprint in manifest["lengths"]:
+            entry["text_tokens"] = manifest["lengths"][fingerprint]["tokens"]
+            entry["unusable"] = manifest["lengths"][fingerprint]["unusable"]
+        sources[name] = entry
+    return {
+        "sources": sources,
+        "images_in_two_sources": [{"sources": list(pair), "images": n} for pair, n in sorted(copies.across.items())],
+        "copies_estimated_from_one_in": copies.thinned,
+        "lengths": fingerprint,
+        "tokens_an_image": spec.tokens,
+        "tokens": {name: percentiles(values) | {"mean": float(values.mean())} for name, values in lengths.items()},
+        "fill": {name: {str(c): round(fill, 5) for c, fill in row.items()} for name, row in fills.items()},
+        "advice": {name: str(one) for name, one in advice.items()},
+    }
+
+
+def examples(manifest: Manifest) -> dict[str, list[str]]:
+    """{reason or rule: a few samples that were left out for it}"""
+    found: dict[str, list[str]] = {}
+    for shard in manifest["shards"]:
+        for name, reason, detail in shard["names"]:
+            if len(listed := found.setdefault(reason, [])) < EXAMPLES:
+                listed.append(f"{name}: {detail}")
+        for rule, tally in shard.get("filtered", {}).items():
+            listed = found.setdefault(rule, [])
+            listed += tally["examples"][: EXAMPLES - len(listed)]
+    if excluded := manifest.get("excluded", {}).get("examples"):
+        found[DUPLICATE] = list(excluded)
+    return found
+
+
+def _print(
+    console: Console, content: Mapping[str, Any], advice: Mapping[str, Advice], cfg: PrepareConfig, folder: Path
+) -> None:
+    sources = content["sources"]
+    _show(console, "samples", ("source", "seen", "used", "broken", "left out", "images", "copies", "MB"), [
+        (
+            name,
+            *(f"{n:,}" for n in (entry["seen"], entry["records"], *_bad_and_unwanted(entry["dropped"]))),
+            *(f"{n:,}" for n in (entry["images"], entry["image_copies"])),
+            f"{entry['bytes'] / 1e6:,.1f}",
+        )
+        for name, entry in sources.items()
+    ])  # fmt: skip
+    for shared in content["images_in_two_sources"]:
+        console.print(f"{shared['images']:,} images are in both {' and '.join(shared['sources'])}", highlight=False)
+    if content["copies_estimated_from_one_in"] > 1:
+        console.print(f"copies are estimated from one hash in {content['copies_estimated_from_one_in']}")
+    rows = []
+    for name, entry in sources.items():
+        for what, key in (("shorter side, px", "shorter_side"), ("aspect", "aspect"), ("words", "words")):
+            rows.append((name, what, *_points(entry[key])))
+        if name in content["tokens"]:
+            rows.append((name, f"tokens, {content['tokens_an_image']} an image", *_points(content["tokens"][name])))
+        for fact, summary in entry["facts"].items():
+            if "percentiles" in summary:
+                rows.append((name, fact, *_points(summary["percentiles"])))
+    _show(console, "sizes, lengths and numbers", ("source", "of", *POINTS), rows)
+    rows = []
+    for name, entry in sources.items():
+        rows.append((name, "writing", _shares(entry["scripts"], entry["texts_read"])))
+        for fact, summary in entry["facts"].items():
+            for key in ("values", "hosts"):
+                if key in summary:
+                    rows.append((name, fact, _shares(summary[key], entry["texts_read"])))
+    _show(console, f"texts, from a sample of {cfg.audit_samples}", ("source", "by", "share"), rows, left=3)
+    rows = [
+        (name, reason, str(entry["dropped"].get(reason, entry["filtered"].get(reason, ""))), listed[0])
+        for name, entry in sources.items()
+        for reason, listed in entry["examples"].items()
+    ]
+    if rows:
+        _show(console, "left out", ("source", "reason", "samples", "for example"), rows, left=4)
+    if not advice:
+        console.print("no token lengths are prepared: add tokenizer=DIR template=NAME for tokens and advice on packing")
+    else:
+        columns = next(iter(content["fill"].values()))
+        fills = [(name, *(percent(fill) for fill in row.values())) for name, row in content["fill"].items()]
+        _show(console, "fill of packed rows by capacity", ("source", *columns), fills)
+        for name, one in advice.items():
+            console.print(f"{name}: {one}", highlight=False, soft_wrap=True)
+    console.print(f"written: {folder / 'audit.json'}, {folder / 'audit.png'}", highlight=False, soft_wrap=True)
+
+
+def _show(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], left: int = 1) -> None:
+    """left: columns that are text; the others are numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, highlight=False)
+    console.print()
+
+
+def _bad_and_unwanted(dropped: Mapping[str, int]) -> tuple[int, int]:
+    unwanted = sum(dropped.get(reason, 0) for reason in UNWANTED)
+    return sum(dropped.values()) - unwanted, unwanted
+
+
+def _points(found: Mapping[str, float]) -> list[str]:
+    return [f"{found[point]:.3g}" if found[point] < 1000 else f"{found[point]:,.0f}" for point in POINTS if found]
+
+
+def _shares(counts: Mapping[str, int], total: int) -> str:
+    return ", ".join(f"{name} {100 * n / max(1, total):.1f} %" for name, n in counts.items())
