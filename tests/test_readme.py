@@ -6,7 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
+from vlm_nemo.data.config import DataConfig
+from vlm_nemo.data.prepare.manifest import read_manifest
 from vlm_nemo.verbs.table import VERBS
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +59,12 @@ def test_the_tree_is_the_one_that_is_there() -> None:
         if path.name not in ("__init__.py", "__main__.py")
     }
     assert listed == there
+
+
+def test_its_yaml_is_what_the_program_takes(tmp_path: Path) -> None:
+    manifest, data = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "manifest.yaml").write_text(manifest)
+    (source,) = read_manifest(tmp_path / "manifest.yaml")
+    assert len(source.filter) == 5 and source.drop_duplicates
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), yaml.safe_load(data)["data"]))
+    assert isinstance(cfg, DataConfig) and cfg.sources["instruct"].weight == 0.7 and cfg.micro_packs == 2
