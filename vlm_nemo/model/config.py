@@ -30,6 +30,9 @@ class VisionConfig:
     """Prepend a learned class token, as CLIP does."""
     keep_class_token: bool = False
     """Hand the class token to the projector too (one more placeholder an image)."""
+    position_init_std: float | None = None
+    """Spread of fresh position embeddings; null = model.init_std. Trained from nothing, a tower tells places apart
+    much sooner when they start as large as what the patches give."""
     pre_norm: bool = True
     """LayerNorm before the first layer (CLIP's pre_layrnorm)."""
     feature_layer: int = -2

@@ -30,6 +30,8 @@ def initial_value(box: Box, cfg: ModelConfig, seed: int) -> torch.Tensor:
     if "norm" in words[-2]:
         return torch.ones(box.shape)
     std = cfg.init_std
+    if box.key == "vision.position" and cfg.vision.position_init_std is not None:
+        std = cfg.vision.position_init_std
     if len(words) > 1 and words[-2] in ("linear_proj", "linear_fc2") and words[0] != "projector":
         layers = layers_used(cfg.vision) if words[0] == "vision" else cfg.language.num_layers
         std /= math.sqrt(2 * layers)
