@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from vlm_nemo.data.storage.shards import INDEX_SUFFIX, MANIFEST, ShardFolder, read_index
 from vlm_nemo.data.storage.store import File
-from vlm_nemo.data.storage.tars import ReadAhead, members
+from vlm_nemo.data.tars import ReadAhead, members
 from vlm_nemo.types import UserError
 
 _CHUNK = 1 << 20
