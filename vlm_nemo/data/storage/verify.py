@@ -25,6 +25,8 @@ def verify(folder: ShardFolder, done: Callable[[str], None] = lambda name: None)
             _check(folder, entry)
         except UserError as error:
             yield name, str(error)
+        except KeyError as error:
+            yield name, f"the index of {folder.path}/{name} has no column {error}"
         done(name)
 
 
