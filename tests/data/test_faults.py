@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.data.http_server import serve_folder
 from tests.data.raw_data import SPEC, finish_folder, picture, write_all_lengths
 from vlm_nemo.data import loader as loader_module
-from vlm_nemo.data.config import DataConfig, PackConfig, SourceConfig
+from vlm_nemo.data.config import DataConfig, PackConfig, SourceConfig, StoreConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, WRONG_LENGTH, ShardImage, ShardSample
@@ -211,3 +212,26 @@ def test_a_dead_thread_is_an_error_within_seconds(
             loader.next()
         assert time.monotonic() - started < 5
     assert loader_module._PATIENCE < 2
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("fault", ["stall", "status 500"])
+def test_close_waits_for_no_store(threads: int, fault: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A read is under way, or between two of its many tries."""
+    write_source(tmp_path / "a", 60, {})
+    store = StoreConfig(cache_dir=str(tmp_path / "cache"), cache_gb=0, tries=20, timeout=20, wait=20)
+    with serve_folder(tmp_path) as server:
+        cfg = config({}, threads=threads, prefetch=1, store=store)
+        cfg.sources = {"a": SourceConfig(path=f"{server.url}/a")}
+        with closing(load(cfg, tokenizer)) as loader:
+            loader.next()
+            server.faulty, server.faults = 1.0, (fault,)
+            while not server.made[fault]:
+                if not loader._queue.empty():
+                    loader.next()
+                time.sleep(0.02)
+            time.sleep(0.2)  # the answer, if any, has come
+            started = time.monotonic()
+            loader.close()
+            assert time.monotonic() - started < 2
+            assert not [thread for thread in threading.enumerate() if thread.name.startswith("vlm_nemo.d")]

@@ -88,7 +88,8 @@ class Loader:
         of another data set.
         """
         _check(cfg, dp_size)
-        cache = Cache(cfg.store)
+        self._stop = threading.Event()
+        cache = Cache(cfg.store, self._stop)
         folders = {
             name: open_folder(cfg.sources[name].path, f"data.sources.{name}.path", cache=cache)
             for name in drawn(cfg.sources)
@@ -127,7 +128,6 @@ class Loader:
         self.wait_s = 0.0
         self._queue: queue.Queue[StepData | BaseException] = queue.Queue(maxsize=cfg.prefetch)
         self._failed: BaseException | None = None
-        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="vlm_nemo.data", daemon=True)
         self._thread.start()
 
@@ -153,7 +153,7 @@ class Loader:
         return found
 
     def close(self) -> None:
-        """Stop the thread; a second call does nothing."""
+        """Stop the thread, and what it reads from a remote store; a second call does nothing."""
         self._stop.set()
         while self._thread.is_alive():
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.data.raw_data import good_rows, picture, write_img2dataset, write_lla
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.prepare.survey import percentiles_of_counts, script_of
+from vlm_nemo.types import UserError
 
 MANIFEST = """
 sources:
@@ -60,6 +62,7 @@ def test_the_figures_are_those_of_the_data(raw: Path, capsys: pytest.CaptureFixt
     assert captions["dropped"] == {"broken image": 1, "filtered": 1}
     assert captions["examples"]["min_side=20"] == ["00000.tar/000000004: side 16, wanted min_side=20"]
     assert captions["examples"]["broken image"][0].startswith("00000.tar/000000005: ")
+    assert captions["damaged"] == instruct["damaged"] == {}
     assert captions["shorter_side"]["min"] == 20 and captions["longer_side"]["max"] == 100
     assert captions["aspect"]["max"] == 5
     assert captions["scripts"] == {"Latin": 3, "Cyrillic": 1}
@@ -91,6 +94,30 @@ def test_what_is_prepared_is_audited_as_it_is(raw: Path, capsys: pytest.CaptureF
     assert caught.err.count("reused as it was") == 2
     content = json.loads((raw / "out" / "audit" / "audit.json").read_text())
     assert content["tokens"] == content["fill"] == {} and content["lengths"] is None
+
+
+@pytest.mark.parametrize("what", ["image", "header", "index", "all of a source"])
+def test_damaged_shards_are_named_when_all_is_written(raw: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    wanted = config(raw, tokenizer_vocab=300, template="short", audit=True)
+    prepare(replace(wanted, audit=False))
+    out = raw / "out"
+    bad = [out / "captions" / "00000.tar"] if what == "all of a source" else [out / "instruct" / "00001.tar"]
+    for tar in bad:
+        path = tar.with_name(f"{tar.name}.index.safetensors") if what == "index" else tar
+        data = bytearray(path.read_bytes())
+        data[data.index({"index": b"record_offset", "header": b"00000"}.get(what, b"\xff\xd9"))] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        prepare(wanted)
+    assert str(caught.value).startswith(f"damaged: {', '.join(map(str, bad))}; remove them")
+    sources = json.loads((out / "audit" / "audit.json").read_text())["sources"]
+    assert sources["captions"]["damaged" if what == "all of a source" else "images"]
+    found = {f"{name}/{shard}" for name, source in sources.items() for shard in source["damaged"]}
+    assert found == {tar.relative_to(out).as_posix() for tar in bad} and (out / "audit" / "audit.png").is_file()
+    assert "what is wrong" in capsys.readouterr().out
+    for tar in bad:
+        tar.unlink()
+    prepare(wanted)
 
 
 def test_percentiles_of_counts_are_those_of_the_values() -> None:

@@ -177,7 +177,7 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         prepare(config(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["boundary", "header", "middle", "nothing"])
+@pytest.mark.parametrize("damage", ["boundary", "header", "zeros", "middle", "nothing"])
 def test_a_damaged_tar_is_named(tmp_path: Path, damage: str) -> None:
     write_img2dataset(tmp_path / "captions", [[PAIR] * 5])
     tar = tmp_path / "captions" / "00000.tar"
@@ -188,13 +188,15 @@ def test_a_damaged_tar_is_named(tmp_path: Path, damage: str) -> None:
         del data[third.offset :]
     elif damage == "header":
         data[third.offset : third.offset + 512] = b"\x55" * 512
+    elif damage == "zeros":  # what looks like the tar's end
+        data[third.offset : third.offset + 512] = bytes(512)
     elif damage == "middle":
         del data[third.offset_data + 10 :]
     else:
         data.clear()
     tar.write_bytes(bytes(data))
     write_manifest(tmp_path, ("captions",))
-    with pytest.raises(UserError, match=r"00000\.tar (is damaged or cut after 2 samples|cannot be read as a tar)"):
+    with pytest.raises(UserError, match=r"00000\.tar is damaged (or cut )?after [067] members"):
         prepare(config(tmp_path))
 
 

@@ -90,7 +90,7 @@ def test_a_source_larger_than_the_cache_is_read_by_exact_ranges(
 def test_lengths_and_excluded_records_come_over_http(server: FolderServer, copy: Path, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    from tests.data.test_shards import exclude
+    from tests.data.storage.test_shards import exclude
 
     for tar in copy.glob("captions/*.tar"):
         count = (

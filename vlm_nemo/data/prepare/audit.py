@@ -17,9 +17,13 @@ from vlm_nemo.data.prepare.advice import Advice, advise, pack_fill, percent
 from vlm_nemo.data.prepare.convert import EXAMPLES
 from vlm_nemo.data.prepare.duplicates import Copies, count_copies
 from vlm_nemo.data.prepare.measure import mixed_lengths, sample_lengths
+from vlm_nemo.data.prepare.progress import Meter
 from vlm_nemo.data.prepare.source_manifest import Manifest
 from vlm_nemo.data.prepare.survey import POINTS, Survey, percentiles, survey, to_json
 from vlm_nemo.data.sample import DUPLICATE, UNWANTED
+from vlm_nemo.data.storage.shards import ShardFolder
+from vlm_nemo.data.storage.verify import verify
+from vlm_nemo.types import UserError
 
 FOLDER = "audit"
 ALL = "all sources"
@@ -27,6 +31,8 @@ CAPACITIES = (2048, 4096, 8192, 16384)
 """Lengths of a row that most people choose from."""
 WIDTH = 140
 """Columns of the tables at least."""
+NAMED = 10
+"""Damaged shards that the error names."""
 LENGTH_SAMPLES = 20_000
 """Lengths a source that are looked at."""
 
@@ -39,22 +45,29 @@ def audit(
     spec: ImageSpec,
     cfg: PrepareConfig,
 ) -> dict[str, Any]:
-    """Look at everything, print and write it; returns what audit.json holds.
+    """Look at everything, every byte of it, print and write it; returns what audit.json holds.
 
+    Raises UserError, after all was written, if a shard is not what prepare wrote: no figure but the manifest's counts
+    has anything of it.
     trained_on: the sources that are mixed in training; fingerprint: of the lengths to use, None = those that the
     manifests have, if they all agree.
     """
     from vlm_nemo.data.prepare.audit_plots import draw  # late: matplotlib
 
     fingerprint = fingerprint or _common_lengths(manifests)
-    surveys = {name: survey(out / name, manifest, cfg.audit_samples) for name, manifest in manifests.items()}
+    damaged = {name: _find_damage(out / name, manifest) for name, manifest in manifests.items()}
+    sound: dict[str, Manifest] = {
+        name: manifest | {"shards": [shard for shard in manifest["shards"] if shard["name"] not in damaged[name]]}
+        for name, manifest in manifests.items()
+    }
+    surveys = {name: survey(out / name, one, cfg.audit_samples, damaged[name]) for name, one in manifests.items()}
     copies = count_copies(
-        {name: [out / name / shard["name"] for shard in manifest["shards"]] for name, manifest in manifests.items()},
-        {name: sum(shard["images"] for shard in manifest["shards"]) for name, manifest in manifests.items()},
+        {name: [out / name / shard["name"] for shard in manifest["shards"]] for name, manifest in sound.items()},
+        {name: sum(shard["images"] for shard in manifest["shards"]) for name, manifest in sound.items()},
     )
     lengths: dict[str, np.ndarray] = {}
     if fingerprint:
-        for name, manifest in manifests.items():
+        for name, manifest in sound.items():
             lengths[name] = sample_lengths(out / name, manifest, fingerprint, spec, LENGTH_SAMPLES)
         if len(trained_on) > 1:
             parts = {name: lengths[name] for name in trained_on}
@@ -65,7 +78,7 @@ def audit(
     fills = {name: {c: pack_fill(values, c) for c in capacities} for name, values in lengths.items()}
     for name, one in advice.items():
         fills[name][cfg.capacity] = one.wanted.fill  # of another sample: one thing has one figure
-    content = _content(manifests, surveys, copies, lengths, fills, advice, fingerprint, spec)
+    content = _content(manifests, damaged, surveys, copies, lengths, fills, advice, fingerprint, spec)
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / "audit.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -73,7 +86,27 @@ def audit(
     console = Console()
     console.width = max(console.width, WIDTH)  # a log file is wide enough
     _print(console, content, advice, cfg, folder)
+    _refuse(out, damaged)
     return content
+
+
+def _find_damage(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """{shard: what is wrong with it}"""
+    shards = {str(shard["name"]): shard for shard in manifest["shards"]}
+    with Meter(Console(stderr=True), f"verify {manifest['source']}", manifest["records"]) as meter:
+        return dict(
+            verify(ShardFolder(folder), lambda name: meter.advance(shards[name]["records"], shards[name]["bytes"]))
+        )
+
+
+def _refuse(out: Path, damaged: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises UserError if there is damage."""
+    names = [str(out / source / shard) for source, shards in damaged.items() for shard in shards]
+    if names:
+        more = f" and {len(names) - NAMED} more (audit.json has all)" if len(names) > NAMED else ""
+        raise UserError(
+            f"damaged: {', '.join(names[:NAMED])}{more}; remove them and run the same command again, it makes them anew"
+        )
 
 
 def _common_lengths(manifests: Mapping[str, Manifest]) -> str | None:
@@ -85,6 +118,7 @@ def _common_lengths(manifests: Mapping[str, Manifest]) -> str | None:
 
 def _content(
     manifests: Mapping[str, Manifest],
+    damaged: Mapping[str, Mapping[str, str]],
     surveys: Mapping[str, Survey],
     copies: Copies,
     lengths: Mapping[str, np.ndarray],
@@ -96,7 +130,8 @@ def _content(
     sources = {}
     for name, manifest in manifests.items():
         entry = {key: manifest[key] for key in ("kind", "seen", "records", "images", "bytes", "dropped", "filtered")}
-        entry |= {"examples": examples(manifest), "image_copies": copies.within[name]} | to_json(surveys[name])
+        entry |= {"damaged": dict(damaged[name]), "examples": examples(manifest)}
+        entry |= {"image_copies": copies.within[name]} | to_json(surveys[name])
         if fingerprint in manifest["lengths"]:
             entry["text_tokens"] = manifest["lengths"][fingerprint]["tokens"]
             entry["unusable"] = manifest["lengths"][fingerprint]["unusable"]
@@ -132,15 +167,18 @@ def _print(
     console: Console, content: Mapping[str, Any], advice: Mapping[str, Advice], cfg: PrepareConfig, folder: Path
 ) -> None:
     sources = content["sources"]
-    _show(console, "samples", ("source", "seen", "used", "broken", "left out", "images", "copies", "MB"), [
+    _show(console, "samples", ("source", "seen", "used", "broken", "left out", "images", "copies", "MB", "damaged"), [
         (
             name,
             *(f"{n:,}" for n in (entry["seen"], entry["records"], *_bad_and_unwanted(entry["dropped"]))),
             *(f"{n:,}" for n in (entry["images"], entry["image_copies"])),
             f"{entry['bytes'] / 1e6:,.1f}",
+            f"{len(entry['damaged']):,}",
         )
         for name, entry in sources.items()
     ])  # fmt: skip
+    if rows := [(name, *one) for name, entry in sources.items() for one in entry["damaged"].items()]:
+        _show(console, "damaged", ("source", "shard", "what is wrong"), rows, left=3)
     for shared in content["images_in_two_sources"]:
         console.print(f"{shared['images']:,} images are in both {' and '.join(shared['sources'])}", highlight=False)
     if content["copies_estimated_from_one_in"] > 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +20,7 @@ from safetensors import safe_open
 from vlm_nemo.data.prepare.filters import count_words
 from vlm_nemo.data.prepare.source_manifest import Manifest
 from vlm_nemo.data.sample import SampleError
-from vlm_nemo.data.storage.folders import open_folder
-from vlm_nemo.data.storage.shards import index_path
+from vlm_nemo.data.storage.shards import ShardFolder, index_path
 from vlm_nemo.types import IMAGE_MARKER
 
 POINTS = {"min": 0, "1 %": 1, "10 %": 10, "median": 50, "90 %": 90, "99 %": 99, "max": 100}
@@ -57,9 +56,10 @@ class Survey:
     """Records of the sample."""
 
 
-def survey(folder: Path, manifest: Manifest, samples: int) -> Survey:
-    """samples: how many texts are read."""
-    tars = [folder / shard["name"] for shard in manifest["shards"] if shard["images"]]
+def survey(folder: Path, manifest: Manifest, samples: int, damaged: Container[str] = ()) -> Survey:
+    """samples: how many texts are read; damaged: shards that are not looked at."""
+    shards = [shard for shard in manifest["shards"] if shard["images"] and shard["name"] not in damaged]
+    tars = [folder / shard["name"] for shard in shards]
     shorter, longer = np.zeros(MAX_SIDE, dtype=np.int64), np.zeros(MAX_SIDE, dtype=np.int64)
     aspects = np.zeros(MAX_SIDE, dtype=np.int64)
     grid = np.zeros((len(GRID) - 1,) * 2, dtype=np.int64)
@@ -71,7 +71,7 @@ def survey(folder: Path, manifest: Manifest, samples: int) -> Survey:
             counts += np.bincount(np.minimum(values, MAX_SIDE - 1), minlength=MAX_SIDE)
         across, up = (np.clip(np.searchsorted(GRID, side, "right") - 1, 0, len(grid) - 1) for side in (width, height))
         np.add.at(grid, (across, up), 1)
-    words, scripts, facts, read = _read_sample(folder, samples)
+    words, scripts, facts, read = _read_sample(folder, samples, damaged)
     return Survey(
         shorter=percentiles_of_counts(shorter),
         longer=percentiles_of_counts(longer),
@@ -84,12 +84,16 @@ def survey(folder: Path, manifest: Manifest, samples: int) -> Survey:
     )
 
 
-def _read_sample(folder: Path, samples: int) -> tuple[list[int], Counter[str], dict[str, list[float | str]], int]:
-    records = open_folder(str(folder))
+def _read_sample(
+    folder: Path, samples: int, damaged: Container[str]
+) -> tuple[list[int], Counter[str], dict[str, list[float | str]], int]:
+    records = ShardFolder(folder)
     words, scripts = [], Counter[str]()
     facts: dict[str, list[float | str]] = {}
     numbers = np.linspace(0, len(records) - 1, min(samples, len(records))).astype(np.int64)
     for number in numbers.tolist():
+        if records.shard(number) in damaged:
+            continue
         try:
             record = records.record(number)
         except SampleError:

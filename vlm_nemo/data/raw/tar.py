@@ -1,27 +1,23 @@
-"""Look through a tar of samples once, and notice when it is damaged."""
+"""Samples of a local tar: where their members lie, and their bytes."""
 
 from __future__ import annotations
 
-import re
-import tarfile
+import os
 from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from vlm_nemo.data.raw.unit import stamp
+from vlm_nemo.data.tars import samples
 from vlm_nemo.types import UserError
 
 Group = tuple[str, dict[str, tuple[int, int]]]
 """A sample: its key, and {extension: (offset, size)} of its members."""
-_NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
-"""Members that WebDataset's tools keep for themselves."""
 
 
 def scan_tar(tar: Path) -> list[Group]:
-    """(key, {extension: (offset, size)}) of each sample. Raises UserError if the tar ends early or is damaged.
-
-    The usual readers stop without a word at a damaged header or at a cut between two members.
-    """
+    """(key, {extension: (offset, size)}) of each sample. Raises UserError if the tar ends early or is damaged."""
     return _scan_tar(tar, stamp(tar))
 
 
@@ -29,29 +25,30 @@ def scan_tar(tar: Path) -> list[Group]:
 def _scan_tar(tar: Path, stamp: tuple[int, int]) -> list[Group]:
     """Units of one tar come one after the other: it is scanned once for all of them."""
     del stamp
-    groups: list[Group] = []
     try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, slash, file = member.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                if not extension or _NO_SAMPLE.match(member.name):
-                    continue
-                key = folder + slash + stem
-                if not groups or groups[-1][0] != key:
-                    groups.append((key, {}))
-                groups[-1][1][extension.lower()] = (member.offset_data, member.size)
-            end = archive.offset
         with open(tar, "rb") as stream:
-            stream.seek(end)  # a whole tar ends with blocks of zeros
-            whole = stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{tar} cannot be read as a tar: {error}; fetch it again or move it away") from None
-    if not whole:
-        raise UserError(f"{tar} is damaged or cut after {len(groups)} samples; fetch it again or move it away")
-    return groups
+            return [
+                (key, {member.extension: (member.offset, member.size) for member in group})
+                for key, group in samples(_Stream(tar, stream))
+            ]
+    except OSError as error:
+        raise UserError(f"{tar} cannot be read: {error.strerror}; fetch it again or move it away") from None
+
+
+class _Stream:
+    """An open tar, by range."""
+
+    def __init__(self, tar: Path, stream: BinaryIO) -> None:
+        self.where = str(tar)
+        self.size = os.fstat(stream.fileno()).st_size
+        self._stream = stream
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._stream.seek(offset)
+        data = self._stream.read(size)
+        if len(data) != size:
+            raise UserError(f"{self.where} became shorter while it was read; fetch it again")
+        return data
 
 
 def count_tar(tar: Path) -> int:

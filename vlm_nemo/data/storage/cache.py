@@ -40,11 +40,12 @@ _MAGIC = b"vlmblk1\n"
 class Cache:
     """Blocks of remote files. Threads and processes may share its folder."""
 
-    def __init__(self, cfg: StoreConfig) -> None:
-        """Raises UserError if the limit is below zero."""
+    def __init__(self, cfg: StoreConfig, stop: threading.Event | None = None) -> None:
+        """stop: ends what is read from remote stores. Raises UserError if the limit is below zero."""
         if cfg.cache_gb < 0:
             raise UserError(f"data.store.cache_gb={cfg.cache_gb} must be at least 0")
         self.cfg = cfg
+        self._stop = stop
         self.folder = Path(cfg.cache_dir).expanduser()
         self.limit = int(cfg.cache_gb * 1e9)
         self._admitted = 0
@@ -57,7 +58,7 @@ class Cache:
 
     def open(self, url: str) -> Store:
         """The folder at `url`; a remote one through this cache. Raises UserError."""
-        store = open_store(url, self.cfg)
+        store = open_store(url, self.cfg, self._stop)
         return CachedStore(store, self) if store.remote and self.limit else store
 
     def admit(self, size: int) -> bool:

@@ -7,7 +7,6 @@ the headers of its images. Samples that cannot be used have their number too, an
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import time
@@ -23,19 +22,19 @@ from vlm_nemo.data.storage.cache import Cache, CachedStore
 from vlm_nemo.data.storage.layouts import Layout
 from vlm_nemo.data.storage.numbered import NumberedFolder
 from vlm_nemo.data.storage.store import File, Store
-from vlm_nemo.data.storage.tars import Member, ReadAhead, members
+from vlm_nemo.data.tars import Member, ReadAhead, Tar, samples
 from vlm_nemo.types import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = "vlm_nemo.plain.1"
+FORMAT = "vlm_nemo.plain.2"
 JPEG_HEADER = 1 << 17
 """Bytes of a JPEG in which its size and EXIF are looked for first."""
 PROGRESS_SECONDS = 10.0
 _TEXTS = ("key", "name")
 
 
-def index_tar(file: File, layout: Layout, excluded: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
+def index_tar(tar: Tar, layout: Layout, excluded: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
     """Where each sample's texts and images lie in a tar; excluded: keys of samples that are left out.
 
     `key`, `name` are texts, one after the other, `…_start` says where each begins. Raises UserError if the tar is
@@ -48,7 +47,7 @@ def index_tar(file: File, layout: Layout, excluded: frozenset[str] = frozenset()
         "image_height": [], "image_fault": [],
     }  # fmt: skip
     keys = bytearray()
-    for key, group in itertools.groupby(members(file), lambda member: member.key):
+    for key, group in samples(tar):
         by_extension = {member.extension: member for member in group}
         columns["all"].append(0)
         if key in excluded:
@@ -63,7 +62,7 @@ def index_tar(file: File, layout: Layout, excluded: frozenset[str] = frozenset()
                 columns[f"{what}_offset"].append(member.offset)
                 columns[f"{what}_size"].append(member.size)
                 if what == "image":
-                    width, height, fault = _look(file, member)
+                    width, height, fault = _look(tar, member)
                     columns["image_width"].append(width)
                     columns["image_height"].append(height)
                     columns["image_fault"].append(fault)
@@ -77,9 +76,9 @@ def index_tar(file: File, layout: Layout, excluded: frozenset[str] = frozenset()
     return arrays
 
 
-def _look(file: File, member: Member) -> tuple[int, int, int]:
+def _look(tar: Tar, member: Member) -> tuple[int, int, int]:
     """Width, height, 0; or 0, 0 and what is wrong: one more than its place in REASONS."""
-    data = file.read(member.offset, min(JPEG_HEADER, member.size))
+    data = tar.read(member.offset, min(JPEG_HEADER, member.size))
     if data[:3] == b"\xff\xd8\xff":
         try:
             header = read_header(data)
@@ -87,7 +86,7 @@ def _look(file: File, member: Member) -> tuple[int, int, int]:
         except SampleError:  # its header may be longer
             pass
     if len(data) < member.size:
-        data += file.read(member.offset + len(data), member.size - len(data))
+        data += tar.read(member.offset + len(data), member.size - len(data))
     try:
         header = read_header(data)
     except SampleError as error:

@@ -7,11 +7,13 @@ never from https down to http.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
-import time
+import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0
 """Seconds between two tries, at most."""
+LOOK = 0.25
+"""Seconds between two looks at whether the reader was told to stop."""
 PIECE = 1 << 20
 """Bytes of one request when a whole file is read: what takes too long should be known soon."""
 _NO_RETRY = (TypeError, ValueError, ImportError, PermissionError, IsADirectoryError, NotImplementedError)
@@ -31,6 +35,10 @@ _T = TypeVar("_T")
 
 class Passing(Exception):
     """An answer that may be better next time."""
+
+
+class Stopped(Exception):
+    """Whoever reads does not want it any more."""
 
 
 class RemoteFile:
@@ -66,8 +74,10 @@ class RemoteStore:
 
     remote = True
 
-    def __init__(self, url: str, cfg: StoreConfig) -> None:
-        """Raises UserError where the scheme's library is not installed, or cfg asks for no try at all."""
+    def __init__(self, url: str, cfg: StoreConfig, stop: threading.Event | None = None) -> None:
+        """stop: once it is set, every read, also one under way, ends with Stopped within LOOK.
+
+        Raises UserError where the scheme's library is not installed, or cfg asks for no try at all."""
         if cfg.tries < 1 or cfg.timeout <= 0 or cfg.wait < 0:
             raise UserError(
                 f"data.store: tries={cfg.tries} must be at least 1, timeout={cfg.timeout} above 0, "
@@ -76,6 +86,7 @@ class RemoteStore:
         self.url = show_url(url)
         self._parts = urlsplit(url)
         self._cfg = cfg
+        self._stop = stop or threading.Event()
         self._http = self._parts.scheme in ("http", "https")
         self._fs: tuple[int, Any] | None = None
         self._known: dict[str, dict[str, Any]] = {}
@@ -131,13 +142,15 @@ class RemoteStore:
         return self._call("cat_file", self.locate(name), start=start, end=end, **more)
 
     def insist(self, name: str, call: Callable[[], _T]) -> _T:
-        """Call until it works, cfg.tries times at most. Raises MissingFile, UserError."""
+        """Call until it works, cfg.tries times at most. Raises MissingFile, UserError, Stopped."""
         where = show_url(self.locate(name))
         wait = self._cfg.wait
         for attempt in range(1, self._cfg.tries + 1):
+            if self._stop.is_set():
+                raise Stopped(where)
             try:
                 return call()
-            except UserError:
+            except (UserError, Stopped):
                 raise
             except Exception as error:
                 cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
@@ -157,7 +170,7 @@ class RemoteStore:
                 # Jitter: many ranks that failed together should not come back together
                 pause = max(min(wait, LONGEST_WAIT) * self._jitter.uniform(0.5, 1.0), _retry_after(cause))
                 log.warning("%s: %s; try %d of %d in %.1f s", where, what, attempt + 1, self._cfg.tries, pause)
-                time.sleep(pause)
+                self._stop.wait(pause)
                 wait *= 2
         raise AssertionError("unreachable")
 
@@ -177,10 +190,17 @@ class RemoteStore:
         fs = self._filesystem()
         if not fs.async_impl:
             return getattr(fs, method)(*args, **kwargs)
-        from fsspec.asyn import sync
-
-        # Past the time the request is cancelled, so that a stalled connection is not kept
-        return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=self._cfg.timeout, **kwargs)
+        # Past the time, or when nobody wants it any more, the request is cancelled: a stalled connection is not kept
+        request = asyncio.wait_for(getattr(fs, f"_{method}")(*args, **kwargs), self._cfg.timeout)
+        answer = asyncio.run_coroutine_threadsafe(request, fs.loop)
+        try:
+            while not wait((answer,), LOOK).done:
+                if self._stop.is_set():
+                    raise Stopped(self.url)
+        except BaseException:
+            answer.cancel()
+            raise
+        return answer.result()
 
 
 def _status(error: BaseException) -> int | None:
@@ -198,7 +218,7 @@ def _status(error: BaseException) -> int | None:
 def _describe(error: BaseException, status: int | None, timeout: float) -> str:
     if status is not None:
         return f"status {status}"
-    if isinstance(error, TimeoutError) or type(error).__name__ == "FSTimeoutError":
+    if isinstance(error, TimeoutError):
         return f"no answer within {timeout:g} s"
     return f"{type(error).__name__} {show_url(str(error))}".strip() if not isinstance(error, Passing) else str(error)
 

@@ -181,6 +181,10 @@ class ShardFolder(NumberedFolder):
         if isinstance(store, CachedStore) and not cache.admit(int(manifest["bytes"])):
             self._tars = self.source
 
+    def shard(self, number: int) -> str:
+        """The name of the shard that a record lies in."""
+        return self.shards[self._place(number)[0]]
+
     def text_tokens(self, fingerprint: str) -> np.ndarray | None:
         """[len] int32: tokens of each record's text (see lengths.py); None if a shard was not measured for it.
 

@@ -66,8 +66,11 @@ class Store(Protocol):
         ...
 
 
-def open_store(url: str, cfg: StoreConfig) -> Store:
-    """The folder at a local path or a URL of SCHEMES. Raises UserError for any other."""
+def open_store(url: str, cfg: StoreConfig, stop: threading.Event | None = None) -> Store:
+    """The folder at a local path or a URL of SCHEMES. Raises UserError for any other.
+
+    stop: ends what is read from a remote one.
+    """
     if "://" not in url and not url.startswith(("pipe:", "file:")):
         return LocalStore(url)
     scheme = url.split(":", 1)[0]
@@ -78,7 +81,7 @@ def open_store(url: str, cfg: StoreConfig) -> Store:
         )
     from vlm_nemo.data.storage.remote import RemoteStore  # it builds on this file
 
-    return RemoteStore(url, cfg)
+    return RemoteStore(url, cfg, stop)
 
 
 def show_url(url: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from vlm_nemo.data.storage.shards import INDEX_SUFFIX, MANIFEST, ShardFolder, read_index
 from vlm_nemo.data.storage.store import File
-from vlm_nemo.data.storage.tars import ReadAhead, members
+from vlm_nemo.data.tars import ReadAhead, members
 from vlm_nemo.types import UserError
 
 _CHUNK = 1 << 20
@@ -25,6 +25,8 @@ def verify(folder: ShardFolder, done: Callable[[str], None] = lambda name: None)
             _check(folder, entry)
         except UserError as error:
             yield name, str(error)
+        except KeyError as error:
+            yield name, f"the index of {folder.path}/{name} has no column {error}"
         done(name)
 
 
