@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.data.raw_data import SPEC, data_config, write_all_lengths
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
-from vlm_nemo.data.layout import image_spec, vision_cost
+from vlm_nemo.data.config import SourceConfig
+from vlm_nemo.data.layout import count_tokens, image_spec, vision_cost
 from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, reason_of, write_lengths
+from vlm_nemo.data.loader import LOOKED_AT, Loader
+from vlm_nemo.data.mixture import build_mixture
 from vlm_nemo.data.sample import BAD_JSON, IMAGE_WITHOUT_MARKER, NO_LABEL, REASONS, Record, SampleError
 from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -75,3 +81,32 @@ def test_a_sidecar_is_written_whole(tmp_path: Path) -> None:
 def test_vision_cost_is_the_patches_that_are_computed() -> None:
     assert vision_cost(image_spec(336, 14, False, "pad", (0.5, 0.5, 0.5)), (640, 480)) == 576
     assert vision_cost(image_spec(64, 16, True, "crop", (0.5, 0.5, 0.5)), (40, 30)) == 16
+
+
+def test_a_loader_tells_the_first_lengths_of_its_order(prepared: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    cfg = data_config(copy)
+
+    def lengths(rank: int) -> tuple[list[int], int | None]:
+        given: dict[str, Any] = {"seed": 5, "max_tokens": 30, "dp_rank": rank, "dp_size": 2}
+        with closing(Loader(cfg, SPEC, tokenizer, **given)) as loader:
+            return loader.first_lengths, loader.cycle
+
+    assert lengths(0) == ([], None), "nothing was measured"
+    write_all_lengths(copy)
+    cfg.sources = {
+        "captions": SourceConfig(path=str(copy / "captions"), epochs=1),
+        "instruct": SourceConfig(path=str(copy / "instruct"), samples=40),
+    }
+    assert lengths(1) == ([], 100)
+    found, cycle = lengths(0)
+    assert cycle == 100 and len(found) == LOOKED_AT
+    folders = {name: ShardFolder(copy / name) for name in cfg.sources}
+    mixture = build_mixture(cfg.sources, {name: len(folder) for name, folder in folders.items()}, seed=5, shuffle=True)
+    for position in range(100):
+        source, _, number = mixture[position]
+        record = folders[source].record(number)
+        images = [count_tokens(SPEC, size) for size in record.sizes]
+        length = len(encode_conversation(record.messages, tokenizer, TEMPLATES["short"], images)[0])
+        assert found[position] == (length if length <= 30 else 0)
+    assert 0 in found[:100]

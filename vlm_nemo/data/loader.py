@@ -33,6 +33,8 @@ from vlm_nemo.types import PackedBatch, UserError
 
 log = logging.getLogger(__name__)
 
+LOOKED_AT = 2048
+"""Lengths by which a run's packing is judged when it starts."""
 _PATIENCE = 1.0
 """Seconds between two looks at whether the thread is alive."""
 _Read = Callable[[Iterable[PlannedSample]], Iterable[EncodedSample | SampleError]]
@@ -69,6 +71,11 @@ class Loader:
 
     wait_s: float
     """Seconds that the last next() had to wait."""
+    cycle: int | None
+    """Samples in one cycle of the blend; None where sources take turns by weight."""
+    first_lengths: list[int]
+    """Tokens of the first LOOKED_AT samples of the order, 0 for one that cannot be used; on the first replica only, and
+    only if every source has lengths."""
 
     def __init__(
         self,
@@ -105,9 +112,10 @@ class Loader:
             augment=cfg.augment,
             seed=seed,
         )
+        mixture = build_mixture(cfg.sources, records, seed=seed, shuffle=cfg.shuffle)
         self._planner = Planner(
             self._encoder,
-            build_mixture(cfg.sources, records, seed=seed, shuffle=cfg.shuffle),
+            mixture,
             capacity=cfg.pack.capacity,
             pool=cfg.pack.pool,
             max_tokens=max_tokens,
@@ -123,6 +131,9 @@ class Loader:
                     tokenizer.folder,
                     cfg.template,
                 )
+        # Before the thread, which looks at the same indexes
+        self.cycle = mixture.cycle
+        self.first_lengths = self._planner.lengths(LOOKED_AT) if dp_rank == 0 else []
         if state is not None:
             self._planner.load(state)
         self.wait_s = 0.0

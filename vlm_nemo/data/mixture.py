@@ -122,6 +122,11 @@ class Mixture:
         else:
             self._turns, self._before, self._per_block = _schedule([shares[name] for name in self._names])
 
+    @property
+    def cycle(self) -> int | None:
+        """Samples in one cycle of the blend; None where sources take turns by weight."""
+        return None if self._counts is None else self._starts[-1]
+
     def __getitem__(self, position: int) -> Place:
         return self.places(position, 1)[0]
 

@@ -72,6 +72,7 @@ class Planner:
         self._encoder = encoder
         self._mixture = mixture
         self._limit = min(capacity, max_tokens)
+        self._max_tokens = max_tokens
         self._vision_limit = vision_capacity
         self._names = names
         self._packer = Packer(capacity, pool, vision_capacity)
@@ -83,6 +84,19 @@ class Planner:
         self._position = 0
         self._drops: list[Drop] = []
         self._in_a_row = 0
+
+    def lengths(self, count: int) -> list[int]:
+        """Tokens of the first `count` samples of the order, 0 for one that cannot be used; empty if not all sources
+        were measured. Nothing is read but indexes."""
+        measured = {source: tokens for source, tokens in self._text_tokens.items() if tokens is not None}
+        if self.unmeasured:
+            return []
+        spec, folders, found = self._encoder.spec, self._encoder.folders, []
+        for source, _, record in self._mixture.places(0, count):
+            text = int(measured[source][record])
+            images = sum(count_tokens(spec, size) for size in folders[source].sizes(record))
+            found.append(text + images if text >= 0 and text + images <= self._max_tokens else 0)
+        return found
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises UserError if it belongs to another order of samples."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
 import yaml
 
 from vlm_nemo.config import Config
+from vlm_nemo.data.config import PackConfig
 from vlm_nemo.data.feed import Feed
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader
+from vlm_nemo.data.prepare.advice import WARN_BELOW, Fill, advise, pack_fill, percent
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vision import spec_of
@@ -29,6 +33,11 @@ from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
+
+log = logging.getLogger(__name__)
+
+FEW = 512
+"""Lengths that other capacities are tried on: some dozens of them in a fifth of a second."""
 
 
 def train(cfg: Config) -> None:
@@ -114,6 +123,11 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         opened.callback(metrics.close)
         if saved:
             metrics.say(f"going on from {saved.path} (step {start})")
+        if loader.loader is not None and loader.loader.first_lengths:
+            line, warning = judge_packing(loader.loader.first_lengths, loader.loader.cycle, cfg.data.pack)
+            metrics.say(line)
+            if warning:
+                log.warning(warning)
     ledger = Ledger.from_json(saved.state["ledger"]) if saved else Ledger()
     ledger.quiet = not ranks.main  # all ranks keep the same ledger; one names the samples
     trainer = Trainer(
@@ -141,6 +155,24 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     opened.close()  # the last lines come after the bar's
     if ranks.main:
         print(f"step {last} of {cfg.trainer.steps} done; see {run_dir}/loss.png, {run_dir}/checkpoints/latest")
+
+
+def judge_packing(lengths: Sequence[int], cycle: int | None, cfg: PackConfig) -> tuple[str, str | None]:
+    """What the data holds and how full its rows get, in one line; and a warning if they stay too empty.
+
+    lengths: of the first samples of the order, 0 for one that cannot be used; cycle: samples of the blend.
+    """
+    usable = [length for length in lengths if 0 < length <= cfg.capacity]
+    mean = sum(usable) / len(lengths)
+    what = (
+        f"{mean:.0f} tokens a sample" if cycle is None else f"a cycle is {cycle:,} samples, {cycle * mean:,.0f} tokens"
+    )
+    filled = pack_fill(lengths, cfg.capacity, pool=cfg.pool)
+    line = f"data: {what}; rows of {cfg.capacity} fill to {percent(filled)} (by the first {len(lengths)} lengths)"
+    if filled >= WARN_BELOW or not any(lengths):
+        return line, None
+    advice = advise([length for length in lengths if length][:FEW], cfg.capacity, pool=cfg.pool)
+    return line, f"data.pack.{replace(advice, wanted=Fill(capacity=cfg.capacity, fill=filled))}"
 
 
 def _seconds(run_dir: Path) -> float:

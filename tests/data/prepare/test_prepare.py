@@ -177,6 +177,18 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         prepare(config(tmp_path))
 
 
+def test_what_the_index_says_is_no_fact_of_a_record(tmp_path: Path) -> None:
+    """But a filter may still ask for it."""
+    wide = PAIR | {"json": b'{"url": "http://h/a", "width": 50, "height": 30, "sha256": "0", "similarity": 0.5}'}
+    write_img2dataset(tmp_path / "captions", [[PAIR, wide]])
+    (tmp_path / "manifest.yaml").write_text(
+        "sources:\n  captions: {kind: img2dataset, path: captions, filter: {min_width: 45}}\n"
+    )
+    prepare(config(tmp_path))
+    folder = ShardFolder(tmp_path / "out" / "captions")
+    assert [folder.record(i).facts for i in range(len(folder))] == [{"url": "http://h/a", "similarity": 0.5}]
+
+
 @pytest.mark.parametrize("damage", ["boundary", "header", "zeros", "middle", "nothing"])
 def test_a_damaged_tar_is_named(tmp_path: Path, damage: str) -> None:
     write_img2dataset(tmp_path / "captions", [[PAIR] * 5])

@@ -19,6 +19,10 @@ EXAMPLES = 3
 """Names kept of the samples that a rule of the filter left out; there may be millions."""
 
 
+NOT_KEPT = ("sha256", "width", "height")
+"""Facts that a filter may ask for, and nobody later: the index has them of the image as it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a process needs to write one shard."""
@@ -68,7 +72,7 @@ def convert(task: Task) -> tuple[int, dict[str, Any]]:
                 kind=raw.kind,
                 source_id=raw.name,
                 images=raw.images,
-                facts=raw.facts,
+                facts={name: value for name, value in raw.facts.items() if name not in NOT_KEPT},
             )
 
     task.tar.parent.mkdir(parents=True, exist_ok=True)
