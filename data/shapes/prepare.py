@@ -175,7 +175,8 @@ def held_out_scene(rng: random.Random, options: Options, kind: str) -> tuple[Sce
         asks = {"colour_unseen": text.ask_colour, "shape_unseen": text.ask_shape}
         return scene, asks[kind](scene, rng, thing) if kind in asks else text.ask_count(scene, rng)
     printed = kind if kind in ("word", "digit") else None
-    scene = draw_scene(rng, pairs, printed=printed)
+    # Of two shapes: how they lie to one another is the question, not which of many is meant
+    scene = draw_scene(rng, pairs, count=2 if kind == "relation" else None, printed=printed)
     ask: Callable[[Scene, random.Random], text.Question | None] = {
         "colour": text.ask_colour,
         "shape": text.ask_shape,
