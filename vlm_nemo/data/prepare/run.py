@@ -49,7 +49,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Manifest]:
     sources = read_manifest(Path(cfg.manifest), cfg.root)
     spec = image_spec(cfg.image_size, cfg.patch_size, False, "pad", (0.5, 0.5, 0.5))
     out = Path(cfg.out)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     with ExitStack() as stack:
         stack.enter_context(_full_disk_is_said(out))
         stack.enter_context(folder_lock(out))
