@@ -56,6 +56,15 @@ class SampleError(UserError):
         return type(self), (self.reason, self.detail)
 
 
+class NothingUsable(UserError):
+    """So many samples one after the other had to be dropped that the data, not a sample, is wrong."""
+
+    def __init__(self, words: str, drops: Sequence[Drop] = ()) -> None:
+        """drops: those that no step accounts for."""
+        super().__init__(words)
+        self.drops = list(drops)
+
+
 def check_text(*texts: str) -> None:
     """Raises SampleError ("bad json") for a text that UTF-8 cannot say: JSON can hold half a surrogate pair."""
     for text in texts:
