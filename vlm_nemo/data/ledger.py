@@ -210,8 +210,8 @@ class Ledger:
                     "seen": account.seen,
                     "used": account.used,
                     "examples": dict(sorted(account.examples.items())),
-                    "recent": account.recent,
                 }
+                | ({"recent": account.recent} if account.recent else {})
                 for name, account in sorted(self.sources.items())
             },
         }
