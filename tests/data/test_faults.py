@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import threading
@@ -10,6 +11,7 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,9 +21,10 @@ from vlm_nemo.data import loader as loader_module
 from vlm_nemo.data.config import DataConfig, PackConfig, SourceConfig, StoreConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader, StepData
-from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, WRONG_LENGTH, ShardImage, ShardSample
+from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, WRONG_LENGTH, NothingUsable, ShardImage, ShardSample
 from vlm_nemo.data.storage.write import write_shard
 from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
 
 GOOD = picture(3)
@@ -127,6 +130,33 @@ def test_one_in_a_hundred(size: int, measured: str, tmp_path: Path, tokenizer: T
     assert stopped is not None
     assert "samples of source web had to be dropped" in stopped and "data.sources.web.max_bad_fraction=0.004" in stopped
     assert "(00000.tar/" in stopped or "(00001.tar/" in stopped
+
+
+def test_a_budget_of_one_is_a_budget(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Any number of bad samples in a row, as long as one is usable; where none is, the run ends and has counted all."""
+    write_source(tmp_path / "some" / "a", 1200, dict.fromkeys(range(1150), "json"))
+    write_source(tmp_path / "none" / "a", 1100, dict.fromkeys(range(1100), "json"))
+    cfg = config({"a": tmp_path / "some" / "a"}, shuffle=False, global_packs=1, max_bad_fraction=1.0)
+    with closing(load(cfg, tokenizer)) as loader:
+        data = loader.next()
+    assert len(data.planned_drops) == 1150 and data.used["a"] > 0
+    cfg.max_bad_fraction = 0.5
+    with closing(load(cfg, tokenizer)) as loader, pytest.raises(NothingUsable, match="1000 samples in a row"):
+        loader.next()
+    cfg.sources["a"] = SourceConfig(path=str(tmp_path / "none" / "a"), max_bad_fraction=1.0)
+    with closing(load(cfg, tokenizer)) as loader, pytest.raises(NothingUsable, match="1100 samples in a row") as error:
+        loader.next()
+    assert len(error.value.drops) == 1100
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.run_dir, trainer.ranks, trainer.metrics = tmp_path, Mock(main=True), None
+    trainer.ledger, trainer.loader = Ledger(), Mock(next=Mock(side_effect=error.value))
+    trainer._say = Mock()  # type: ignore[method-assign]
+    with pytest.raises(NothingUsable):
+        trainer._next()
+    told = json.loads((tmp_path / "ledger.json").read_text())
+    assert told["seen"] == 1100 and told["dropped"] == {"a": {BAD_JSON: 1100}}
+    assert "1,100" in trainer._say.call_args[0][0]
 
 
 def test_lengths_of_other_data_drop_samples_and_crash_nobody(tmp_path: Path, tokenizer: Tokenizer) -> None:

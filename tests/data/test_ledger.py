@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 
 import pytest
 
-from vlm_nemo.data.ledger import Ledger
+from vlm_nemo.data.ledger import STEPS, Ledger, check_budget
 from vlm_nemo.data.sample import BROKEN_IMAGE, TOO_LONG, Drop
 from vlm_nemo.types import UserError
 
@@ -26,8 +27,8 @@ def test_counts_add_up_and_each_drop_is_named_once(caplog: pytest.LogCaptureFixt
         "used": 12,
         "dropped": {"captions": {BROKEN_IMAGE: 3}, "instruct": {TOO_LONG: 1}},
         "sources": {
-            "captions": {"seen": 10, "used": 7, "examples": {BROKEN_IMAGE: "00000.tar/1"}},
-            "instruct": {"seen": 6, "used": 5, "examples": {TOO_LONG: "00003.tar/7"}},
+            "captions": {"seen": 10, "used": 7, "examples": {BROKEN_IMAGE: "00000.tar/1"}, "recent": [[10, 3]]},
+            "instruct": {"seen": 6, "used": 5, "examples": {TOO_LONG: "00003.tar/7"}, "recent": [[6, 1]]},
         },
     }
     ledger.assert_whole(16)
@@ -99,3 +100,45 @@ def test_the_table() -> None:
         "                              1  too long, as 00000.tar/1",
         "all       1,010  1,007        3",
     ]
+
+
+def test_a_source_that_goes_bad_late_is_found_within_a_window() -> None:
+    """A million good samples buy no ten thousand bad ones; where a run was resumed changes nothing."""
+    ledger = Ledger()
+    ledger.add(seen=1_000_000, used={"captions": 1_000_000}, drops=[])
+    resumed, bad = 0, 0
+    while True:
+        ledger.add(seen=10, used={"captions": 5}, drops=[A] * 5)
+        bad += 5
+        again = Ledger.from_json(json.loads(json.dumps(ledger.to_json())))
+        assert again.to_json() == ledger.to_json()
+        if bad == 10:
+            ledger, resumed = again, resumed + 1
+        try:
+            ledger.check(0.01, 100)
+        except UserError as error:
+            assert "of the last" in str(error) and "of source captions" in str(error)
+            assert "more than data.max_bad_fraction=0.01" in str(error)
+            break
+    assert resumed and bad <= 600
+    ledger.check(0.01, 100, own={"captions": 0.9})
+
+
+def test_a_source_within_its_budget_never_stops_by_its_last_samples() -> None:
+    rng = random.Random(0)
+    ledger = Ledger()
+    ledger.quiet = True
+    for _ in range(5000):
+        bad = sum(rng.random() < 0.009 for _ in range(40))
+        ledger.add(seen=40, used={"captions": 40 - bad}, drops=[A] * bad)
+        ledger._check_recent("captions", ledger.sources["captions"], 0.01, "limit")
+    parts = ledger.sources["captions"].recent
+    assert len(parts) <= STEPS + 1 and 1000 <= sum(seen for seen, _ in parts) < 1200
+
+
+@pytest.mark.parametrize("value", [50, float("nan"), -1, float("inf")])
+def test_a_budget_that_makes_no_sense(value: float) -> None:
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction=.* must be a share from 0 to 1"):
+        check_budget("data", value)
+    with pytest.raises(UserError, match="^min_samples_before_stop=-1 must be at least 0"):
+        check_budget("", 1.0, -1)

@@ -216,6 +216,24 @@ def test_a_sample_whose_image_fails_leaves_its_row(faulty: Path) -> None:
     assert sum(batch.samples for batch in data.batches) == sum(data.used.values()) - len(data.local_drops)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_bad_fraction": 50.0}, r"data\.max_bad_fraction=50 must be a share from 0 to 1"),
+        ({"max_bad_fraction": float("nan")}, r"data\.max_bad_fraction=nan must be"),
+        ({"min_samples_before_stop": -1}, r"data\.min_samples_before_stop=-1 must be at least 0"),
+        ({"pack": PackConfig(capacity=0)}, r"data\.pack\.capacity=0 must be at least 1"),
+        (
+            {"sources": {"a": SourceConfig(path="nowhere", max_bad_fraction=-1.0)}},
+            r"data\.sources\.a\.max_bad_fraction=-1 must be",
+        ),
+    ],
+)
+def test_numbers_that_cannot_work(prepared: Path, tokenizer: Tokenizer, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(data_config(prepared, **changes), tokenizer)
+
+
 def test_when_everything_is_bad_the_loader_says_so(prepared: Path, tokenizer: Tokenizer) -> None:
     with closing(load(data_config(prepared), tokenizer, max_tokens=3)) as loader:
         with pytest.raises(UserError, match=r"1000 samples in a row .* too long: \d+ tokens, the limit is 3"):

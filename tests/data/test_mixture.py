@@ -128,6 +128,9 @@ def test_shares_come_from_the_configuration() -> None:
     assert Counter(p.source for p in mixture.places(0, 9)) == {"a": 2, "b": 7}
     assert mixture.identity["shares"] == "counts" and mixture.identity["sources"] == {"a": [10, 2], "b": [3, 7]}
     assert drawn(sources(a={}, b={"weight": 0.0})) == ["a"]
+    blend = sources(a={"weight": 0.0, "epochs": 2.0}, b={"epochs": 1.0}, c={"weight": 0.0})
+    assert drawn(blend) == ["b"]
+    assert drawn(sources(a={"weight": 0.0, "samples": 2}, b={})) == ["b"]
     weighed = build_mixture(sources(a={}, b={"weight": 3.0}), {"a": 2, "b": 2}, seed=0, shuffle=True)
     assert Counter(p.source for p in weighed.places(0, BLOCK)) == {"a": BLOCK // 4, "b": 3 * BLOCK // 4}
 

@@ -7,12 +7,10 @@ of the plan alone go through hundreds of packs in a moment.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,7 +193,7 @@ def test_lengths_change_nothing_but_the_speed(measured: Path, tmp_path: Path, to
     with_lengths = steps(config(measured), tokenizer, 3)
     without = steps(config(bare), tokenizer, 3)
     for (a,), (b,) in zip(with_lengths, without, strict=True):
-        assert ids([a]) == ids([b]) and a.vision_balance == 1.0
+        assert ids([a]) == ids([b])
         for x, y in zip(a.batches, b.batches, strict=True):
             assert torch.equal(x.tokens, y.tokens) and torch.equal(x.images, y.images)
 
@@ -226,7 +224,7 @@ def test_the_second_budget_and_the_shares(measured: Path, tokenizer: Tokenizer) 
         assert ids([one]) == ids(three)
         images = [sum(len(batch.images) for batch in data.batches) for data in three]
         assert all(len(batch.images) <= 5 for data in three for batch in data.batches)
-        assert three[0].vision_balance == pytest.approx(max(images) * 3 / sum(images)) and one.vision_balance == 1
+        assert three[0].vision_balance == pytest.approx(max(images) * 3 / sum(images))
         assert max(images) - min(images) <= 1
         assert {data.delay for data in (one, *three)} == {one.delay} and 0 < one.delay < 200
 
@@ -250,4 +248,3 @@ def test_planning_is_quick(measured: Path, tokenizer: Tokenizer) -> None:
     plan = made.step(20)
     samples = sum(len(row) for row in plan.rows)
     assert samples > 500 and (time.thread_time() - started) / samples < 200e-6
-    assert math.isfinite(np.mean([len(row) for row in plan.rows]))

@@ -70,6 +70,7 @@ def test_all_ranks_book_the_same() -> None:
         "seen": 20,
         "used": 18,
         "examples": {BROKEN_IMAGE: '00000.tar/1 (größe, "7")'},
+        "recent": [[20, 2]],
     }
     assert first["sources"]["instruct"]["seen"] == 42
 

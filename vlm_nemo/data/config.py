@@ -95,9 +95,11 @@ class DataConfig:
     prefetch: int = 2
     """Optimizer steps of data prepared ahead."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this share of a source's samples seen had to be dropped."""
+    """Stop when more than this share of a source's samples seen had to be dropped, 0 to 1, or clearly more of the last
+    ones alone (`vlm_nemo.data.ledger`)."""
     min_samples_before_stop: int = 100
-    """Samples of a source to see before max_bad_fraction is judged."""
+    """Samples of a source to see before max_bad_fraction is judged; ten times as many, 1000 at least, are the last
+    ones."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Remote sources: tries, time limits, cache."""
 

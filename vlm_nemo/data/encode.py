@@ -17,7 +17,7 @@ from vlm_nemo.data.config import AugmentConfig
 from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout import ImageSpec, count_tokens
 from vlm_nemo.data.resize import torch_resize
-from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError
+from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError, printable
 from vlm_nemo.data.storage.folders import Folder
 from vlm_nemo.data.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ class Encoder:
             origin = folder.record(record).source_id
         except SampleError:
             origin = ""
-        return f"{folder.key(record)} ({origin})" if origin else folder.key(record)
+        return printable(f"{folder.key(record)} ({origin})" if origin else folder.key(record))
 
     def _tokens(self, record: Record) -> tuple[list[int], list[int]]:
         image_tokens = [count_tokens(self.spec, size) for size in record.sizes]

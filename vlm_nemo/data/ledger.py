@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,25 @@ from vlm_nemo.data.sample import Drop
 from vlm_nemo.types import UserError
 
 log = logging.getLogger(__name__)
+
+
+STEPS = 20
+"""Parts in which the last samples are counted."""
+
+
+def recent_samples(min_samples: int) -> int:
+    """How many of a source's last samples are judged by themselves."""
+    return max(1000, 10 * min_samples)
+
+
+def check_budget(key: str, max_bad_fraction: float, min_samples: int = 0) -> None:
+    """Raises UserError for a budget that makes no sense. key: what the two are of, "data"; empty where they have no
+    prefix."""
+    prefix = f"{key}." if key else ""
+    if not 0 <= max_bad_fraction <= 1:  # so written that NaN is refused
+        raise UserError(f"{prefix}max_bad_fraction={max_bad_fraction:g} must be a share from 0 to 1")
+    if min_samples < 0:
+        raise UserError(f"{prefix}min_samples_before_stop={min_samples} must be at least 0")
 
 
 @dataclass(kw_only=True)
@@ -22,6 +43,17 @@ class Account:
     """{reason: n}"""
     examples: dict[str, str] = field(default_factory=dict)
     """{reason: the first sample that was dropped for it}"""
+    recent: list[list[int]] = field(default_factory=list)
+    """[seen, bad] of the last samples, in parts, the oldest first."""
+
+    def remember(self, seen: int, bad: int, window: int) -> None:
+        """Count into the last parts; those go that are not needed to have `window` samples."""
+        if not self.recent or self.recent[-1][0] * STEPS >= window:
+            self.recent.append([0, 0])
+        self.recent[-1][0] += seen
+        self.recent[-1][1] += bad
+        while sum(part[0] for part in self.recent[1:]) >= window:
+            del self.recent[0]
 
     @property
     def bad(self) -> int:
@@ -46,6 +78,8 @@ class Ledger:
         self.sources: dict[str, Account] = {}
         self.quiet = False
         """Count, but do not log names: for all ranks but one."""
+        self.window = recent_samples(0)
+        """Samples of a source that are judged by themselves, the last ones."""
         self._named: set[Drop] = set()
 
     @classmethod
@@ -65,6 +99,10 @@ class Ledger:
         if seen != sum(used.values()) + len(drops) or any(n < 0 for n in used.values()):
             raise RuntimeError(f"{seen} samples seen, but {sum(used.values())} used and {len(drops)} dropped")
         self.seen += seen
+        bad = Counter(drop.source for drop in drops)
+        for name in {**used, **bad}:
+            if together := used.get(name, 0) + bad[name]:
+                self._account(name).remember(together, bad[name], self.window)
         for name, n in used.items():
             self._account(name).used += n
         for drop in drops:
@@ -108,7 +146,10 @@ class Ledger:
         own: Mapping[str, float] | None = None,
     ) -> None:
         """Raises UserError if more than `max_bad_fraction` of at least `min_samples` seen had to be dropped: of one
-        source, or of all that have no budget of their own together.
+        source, or of all that have no budget of their own together; or if of a source's last `window` samples clearly
+        more had to be: more than chance makes of that share, by five standard deviations and five samples. So a store
+        that goes bad after a million good samples stops the run within a window, and a source that is always just
+        within its budget never does.
 
         key: the limit's name in the configuration, for the message; own: {source: its own limit}.
         """
@@ -116,12 +157,13 @@ class Ledger:
         shared = Account()
         for name, account in self.sources.items():
             limit = own.get(name, max_bad_fraction)
+            limit_key = f"data.sources.{name}.max_bad_fraction" if name in own else key
             if account.seen >= min_samples and account.bad > limit * account.seen:
-                limit_key = f"data.sources.{name}.max_bad_fraction" if name in own else key
                 raise UserError(
                     f"{account.bad} of {account.seen} samples of source {name} had to be dropped: {account.worst()}; "
                     f"more than {limit_key}={limit:g}, so mend the data or raise the limit"
                 )
+            self._check_recent(name, account, limit, limit_key)
             if name not in own:
                 shared.used += account.used
                 shared.dropped |= {f"{name}: {reason}": n for reason, n in account.dropped.items()}
@@ -130,6 +172,15 @@ class Ledger:
             raise UserError(
                 f"{shared.bad} of {shared.seen} samples had to be dropped: {shared.worst()}; "
                 f"more than {key}={max_bad_fraction:g}, so mend the data or raise the limit"
+            )
+
+    def _check_recent(self, name: str, account: Account, limit: float, key: str) -> None:
+        seen, bad = (sum(part[i] for part in account.recent) for i in (0, 1))
+        expected = limit * seen
+        if seen >= self.window and bad > expected + 5 * (1 + math.sqrt(expected)):
+            raise UserError(
+                f"{bad} of the last {seen} samples of source {name} had to be dropped; of all {account.seen}: "
+                f"{account.worst()}; that is more than {key}={limit:g}, so mend the data or raise the limit"
             )
 
     def table(self) -> str:
@@ -155,7 +206,12 @@ class Ledger:
             "used": self.used,
             "dropped": {name: dict(sorted(reasons.items())) for name, reasons in sorted(self.dropped.items())},
             "sources": {
-                name: {"seen": account.seen, "used": account.used, "examples": dict(sorted(account.examples.items()))}
+                name: {
+                    "seen": account.seen,
+                    "used": account.used,
+                    "examples": dict(sorted(account.examples.items())),
+                }
+                | ({"recent": account.recent} if account.recent else {})
                 for name, account in sorted(self.sources.items())
             },
         }
@@ -172,6 +228,7 @@ class Ledger:
         ledger = cls.of({name: (entry["used"], dropped.get(name, {})) for name, entry in sources.items()})
         for name, account in ledger.sources.items():
             account.examples = dict(sources[name]["examples"])
+            account.recent = [list(part) for part in sources[name].get("recent", [])]
         told = (int(content["seen"]), int(content["used"]))
         if told != (ledger.seen, ledger.used) or any(sources[n]["seen"] != a.seen for n, a in ledger.sources.items()):
             raise UserError(

@@ -22,6 +22,7 @@ from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.encode import Encoder, PlannedSample
 from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.ledger import check_budget, recent_samples
 from vlm_nemo.data.mixture import build_mixture, drawn
 from vlm_nemo.data.packing import pack_batch, share_out
 from vlm_nemo.data.planner import Plan, Planner
@@ -121,6 +122,7 @@ class Loader:
             max_tokens=max_tokens,
             vision_capacity=cfg.pack.vision_capacity,
             names=dp_rank == 0,  # the replica of the one rank that tells them
+            patience={name: recent_samples(cfg.min_samples_before_stop) for name in folders if _limit(cfg, name) < 1},
         )
         if dp_rank == 0:
             for name in self._planner.unmeasured:
@@ -240,13 +242,22 @@ class Loader:
             return error
 
 
+def _limit(cfg: DataConfig, source: str) -> float:
+    own = cfg.sources[source].max_bad_fraction
+    return cfg.max_bad_fraction if own is None else own
+
+
 def _check(cfg: DataConfig, dp_size: int) -> None:
     """Raises UserError for numbers that cannot work."""
     if cfg.template not in TEMPLATES:
         raise UserError(f"data.template={cfg.template} is unknown; choose one of {', '.join(TEMPLATES)}")
-    least = {"pack.pool": 1, "threads": 0, "prefetch": 1, "micro_packs": 1}
-    values = {"pack.pool": cfg.pack.pool, "threads": cfg.threads, "prefetch": cfg.prefetch}
-    values |= {"micro_packs": cfg.micro_packs}
+    check_budget("data", cfg.max_bad_fraction, cfg.min_samples_before_stop)
+    for name, source in cfg.sources.items():
+        if source.max_bad_fraction is not None:
+            check_budget(f"data.sources.{name}", source.max_bad_fraction)
+    least = {"pack.capacity": 1, "pack.pool": 1, "threads": 0, "prefetch": 1, "micro_packs": 1}
+    values = {"pack.capacity": cfg.pack.capacity, "pack.pool": cfg.pack.pool, "threads": cfg.threads}
+    values |= {"prefetch": cfg.prefetch, "micro_packs": cfg.micro_packs}
     if cfg.pack.vision_capacity is not None:
         least["pack.vision_capacity"], values["pack.vision_capacity"] = 1, cfg.pack.vision_capacity
     for name, value in values.items():

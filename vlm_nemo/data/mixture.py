@@ -41,11 +41,12 @@ def drawn(sources: Mapping[str, SourceConfig]) -> list[str]:
     for name, source in sources.items():
         said = {key: getattr(source, key) for key in ("weight", "epochs", "samples")}
         said = {key: value for key, value in said.items() if value is not None}
-        if len(said) > 1:
+        if len(said) > 1 and source.weight != 0:  # a weight of 0 leaves it out, whatever else it has
             raise UserError(f"data.sources.{name} has {' and '.join(said)}; set all but one to null")
         for key, value in said.items():
             if not 0 <= value < float("inf"):
                 raise UserError(f"data.sources.{name}.{key}={value} must be a number of at least 0")
+    sources = {name: source for name, source in sources.items() if source.weight != 0}
     blend = _is_blend(sources)
     if blend and (
         left := [name for name, source in sources.items() if source.epochs is None and source.samples is None]
@@ -62,7 +63,8 @@ def drawn(sources: Mapping[str, SourceConfig]) -> list[str]:
 
 
 def _is_blend(sources: Mapping[str, SourceConfig]) -> bool:
-    return any(source.epochs is not None or source.samples is not None for source in sources.values())
+    left_in = [source for source in sources.values() if source.weight != 0]
+    return any(source.epochs is not None or source.samples is not None for source in left_in)
 
 
 def _share(source: SourceConfig, blend: bool) -> float:

@@ -9,7 +9,9 @@ this tokenizer and template is read and encoded here instead: right, but slow, a
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +20,11 @@ from vlm_nemo.data.layout import count_tokens, vision_cost
 from vlm_nemo.data.lengths import fingerprint, reason_of
 from vlm_nemo.data.mixture import Mixture, Place
 from vlm_nemo.data.packing import Packer
-from vlm_nemo.data.sample import TOO_LONG, Drop, SampleError
+from vlm_nemo.data.sample import TOO_LONG, Drop, NothingUsable, SampleError
 from vlm_nemo.types import UserError
 
-MAX_DROPS_IN_A_ROW = 1000
-"""So many samples dropped one after the other mean that the data, not a sample, is wrong."""
+LEAST_IN_A_ROW = 1000
+"""Fewer drops one after the other never end a run: the budgets are judged when the step is done."""
 AHEAD = 512
 """Places of the order that are looked up at once."""
 
@@ -66,9 +68,12 @@ class Planner:
         max_tokens: int,
         vision_capacity: int | None = None,
         names: bool = True,
+        patience: Mapping[str, int] | None = None,
     ) -> None:
         """max_tokens: longest sample; capacity, pool, vision_capacity: see Packer; names: give dropped samples the
-        names that their shards have, which takes a read each; else their numbers."""
+        names that their shards have, which takes a read each; else their numbers; patience: samples of a source that
+        may be dropped with nothing usable between them. A source without may be bad throughout, as long as another one
+        has something usable."""
         self._encoder = encoder
         self._mixture = mixture
         self._limit = min(capacity, max_tokens)
@@ -83,7 +88,9 @@ class Planner:
         self._ahead: deque[Place] = deque()
         self._position = 0
         self._drops: list[Drop] = []
-        self._in_a_row = 0
+        self._patience = patience or {}
+        self._records = {source: len(folder) for source, folder in encoder.folders.items()}
+        self._in_a_row = Counter[str]()
 
     def lengths(self, count: int) -> list[int]:
         """Tokens of the first `count` samples of the order, 0 for one that cannot be used; empty if not all sources
@@ -134,16 +141,24 @@ class Planner:
         except SampleError as error:
             name = self._encoder.name(place.source, place.record) if self._names else f"record {place.record}"
             self._drops.append(Drop(place.source, error.reason, name))
-            self._in_a_row += 1
-            if self._in_a_row >= MAX_DROPS_IN_A_ROW:
-                raise UserError(
-                    f"{self._in_a_row} samples in a row had to be dropped, the last one "
-                    f"{self._drops[-1].key} of {place.source}: {error}"
+            self._in_a_row[place.source] += 1
+            if self._is_hopeless(place.source):
+                raise NothingUsable(
+                    f"{self._in_a_row.total()} samples in a row had to be dropped, the last one "
+                    f"{self._drops[-1].key} of {place.source}: {error}",
+                    self._drops,
                 ) from None
             return
-        self._in_a_row = 0
+        self._in_a_row.clear()
         self._packer.add(position, sample.length, sample.cost)
         self._waiting[position] = sample
+
+    def _is_hopeless(self, source: str) -> bool:
+        """Whether this source's patience is at its end, or all sources were gone through and nothing was usable."""
+        if self._in_a_row[source] >= self._patience.get(source, sys.maxsize):
+            return True
+        gone_through = all(self._in_a_row[name] >= records for name, records in self._records.items())
+        return gone_through and self._in_a_row.total() >= LEAST_IN_A_ROW
 
     def _measure(self, position: int, place: Place) -> PlannedSample:
         source, epoch, record = place

@@ -56,6 +56,32 @@ class SampleError(UserError):
         return type(self), (self.reason, self.detail)
 
 
+class NothingUsable(UserError):
+    """So many samples one after the other had to be dropped that the data, not a sample, is wrong."""
+
+    def __init__(self, words: str, drops: Sequence[Drop] = ()) -> None:
+        """drops: those that no step accounts for."""
+        super().__init__(words)
+        self.drops = list(drops)
+
+
+def check_text(*texts: str) -> None:
+    """Raises SampleError ("bad json") for a text that UTF-8 cannot say: JSON can hold half a surrogate pair."""
+    for text in texts:
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError as error:
+            raise SampleError(BAD_JSON, f"half a surrogate pair at letter {error.start} of a text") from None
+
+
+def printable(text: str, longest: int = 500) -> str:
+    """What may be shown and written of a text that anybody may have made: one line, no control characters, not long."""
+    text = text if len(text) <= longest else text[:longest] + "…"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class Message(TypedDict):
     """One turn of a conversation; `<image>` in the content stands for the next image."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from vlm_nemo.data.sample import SPECIAL_TOKEN, SampleError
+from vlm_nemo.data.sample import SPECIAL_TOKEN, SampleError, check_text
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
@@ -87,10 +87,15 @@ class Tokenizer:
 
         continues: the text goes on where earlier text ended; then a tokenizer that puts a space before everything
             replaces the text's own leading space instead of adding a second one.
+        Raises SampleError for a text that holds half a surrogate pair, or that becomes a special token.
         """
         if continues and self._prepends_space and text.startswith(" "):
             text = text[1:]
-        ids = self._fast.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._fast.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what the library says to a text that UTF-8 cannot say
+            check_text(text)
+            raise
         if not self._control.isdisjoint(ids):
             raise SampleError(SPECIAL_TOKEN, f"text {text[:40]!r} becomes a special token with this tokenizer")
         return ids

@@ -110,7 +110,7 @@ class MetricsWriter:
     def say(self, line: str) -> None:
         """A line that does not break the bar."""
         if self._bar is not None:
-            self._bar.console.print(line, highlight=False)
+            self._bar.console.print(line, highlight=False, markup=False, emoji=False)
         else:
             print(line, file=sys.stderr, flush=True)
 

@@ -16,7 +16,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.feed import Feed
-from vlm_nemo.data.ledger import Ledger
+from vlm_nemo.data.ledger import Ledger, recent_samples
+from vlm_nemo.data.loader import StepData
+from vlm_nemo.data.sample import NothingUsable
 from vlm_nemo.model.batch import ModelBatch, model_batch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vision import output_tokens
@@ -85,13 +87,14 @@ class Trainer:
             optim_cfg=self.optim_cfg,
             trainer_cfg=self.trainer_cfg,
         )
+        self.ledger.window = recent_samples(self.data_cfg.min_samples_before_stop)
         self._write_progress(step)
         # Ranks see a signal at different moments: only what they agreed on together may end the loop.
         stopping = groups.max_over([self.request.name is not None])[0] > 0
         while step < last and not stopping:
             step += 1
             began = time.perf_counter()
-            data = self.loader.next()
+            data = self._next()
             batches = [self._to_model(row) for row in data.batches]
             factor = set_rates(self.optimizer, self.optim_cfg, step, steps)
             result = train_step(self.model, self.optimizer, batches, self.optim_cfg.clip_grad)
@@ -140,6 +143,17 @@ class Trainer:
             image_size=vision.image_size,
             device=device.device(),
         )
+
+    def _next(self) -> StepData:
+        """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""
+        try:
+            return self.loader.next()
+        except UserError as error:
+            if isinstance(error, NothingUsable):  # the main rank reads, so it has it as it was raised
+                self.ledger.add(seen=len(error.drops), used={}, drops=error.drops)
+            self._write_ledger()
+            self._say(self.ledger.table())
+            raise
 
     def _judge(self, books: Accounting) -> None:
         """Stop the run where too many samples are bad; what was found so far is on disk and in the log by then."""

@@ -131,3 +131,17 @@ def test_percentiles_of_counts_are_those_of_the_values() -> None:
 def test_the_writing_of_a_text() -> None:
     assert script_of(["<image>", "красный cat круг"]) == "Cyrillic"
     assert script_of(["赤い車"]) == "Cjk" and script_of(["<image>", "12 + 3"]) == "none"
+
+
+def test_what_the_data_says_is_shown_as_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text that is markup, a formula, an escape sequence or a picture's name to those who print and draw it."""
+    pairs = []
+    for i, text in enumerate(["[/x]", "[bold]:smile:", "$a_$b", "\x1b[31m"] * 3):
+        facts = {"caption": text, "LANGUAGE": text, text: text, "url": f"http://[/h]{i}/"}
+        pairs.append({"jpg": picture(i), "txt": text.encode(), "json": json.dumps(facts).encode()})
+    pairs.append({"jpg": b"[/x]", "txt": b"broken", "json": b"{}"})
+    write_img2dataset(tmp_path / "captions", [pairs])
+    (tmp_path / "manifest.yaml").write_text("sources: {a: {kind: img2dataset, path: captions}}")
+    prepare(config(tmp_path, audit=True))
+    said = capsys.readouterr().out
+    assert "[/x]" in said and "[bold]:smile:" in said and r"\x1b[31m" in said and "\x1b" not in said

@@ -244,6 +244,21 @@ def test_a_wrong_manifest_says_what_to_change(tmp_path: Path, text: str, message
         prepare(config(tmp_path))
 
 
+def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_bytes(b"sources: {a: {kind: vqa, path: \xff}}")
+    with pytest.raises(UserError, match=r"manifest\.yaml cannot be read: 'utf-8' codec"):
+        prepare(config(tmp_path))
+    manifest.write_text("sources: {a: {kind: vqa, path: x}}")
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match=rf"out={tmp_path}/{out} cannot be written: .*; choose another folder"):
+            prepare(config(tmp_path, out=str(tmp_path / out)))
+    for value in (50.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="^max_bad_fraction=.* must be a share from 0 to 1"):
+            prepare(config(tmp_path, max_bad_fraction=value))
+
+
 def test_paths_are_relative_to_root(tmp_path: Path) -> None:
     path = tmp_path / "manifest.yaml"
     path.write_text("root: raw\nsources: {a: {kind: img2dataset, path: x}}")

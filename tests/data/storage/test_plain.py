@@ -294,3 +294,26 @@ def test_the_loader_trains_on_plain_tars(raw: Path, prepared: Path, tmp_path: Pa
     finally:
         loader.close()
     assert len(set(seen)) == len(seen)
+
+
+def test_half_a_surrogate_pair_drops_one_sample(raw: Path, tmp_path: Path, prepared: Path) -> None:
+    """JSON can hold what no tokenizer takes: found where a text becomes tokens, and where lengths are measured."""
+    from vlm_nemo.data.lengths import measure
+    from vlm_nemo.data.sample import REASONS
+    from vlm_nemo.data.tokenizer import Tokenizer
+
+    bad = {"jpg": picture(1), "json": json.dumps({"caption": "red \ud83d"}).encode()}
+    write_img2dataset(tmp_path / "half", [[*pairs(1), bad]])
+    folder = open_folder(str(tmp_path / "half"), cache=make_cache(tmp_path))
+    tokenizer = Tokenizer(prepared / "tokenizer")
+    with pytest.raises(SampleError, match="half a surrogate pair") as error:
+        tokenizer.encode("red \ud83d")
+    assert error.value.reason == BAD_JSON
+    records = []
+    for i in range(2):
+        try:
+            records.append(folder.record(i))
+        except SampleError as found:
+            records.append(found)
+    lengths = measure(records, tokenizer, TEMPLATES["plain"])
+    assert lengths[0] > 0 and lengths[1] == -1 - REASONS.index(BAD_JSON)

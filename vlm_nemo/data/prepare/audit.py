@@ -20,7 +20,7 @@ from vlm_nemo.data.prepare.measure import mixed_lengths, sample_lengths
 from vlm_nemo.data.prepare.progress import Meter
 from vlm_nemo.data.prepare.source_manifest import Manifest
 from vlm_nemo.data.prepare.survey import POINTS, Survey, percentiles, survey, to_json
-from vlm_nemo.data.sample import DUPLICATE, UNWANTED
+from vlm_nemo.data.sample import DUPLICATE, UNWANTED, printable
 from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.storage.verify import verify
 from vlm_nemo.types import UserError
@@ -83,7 +83,7 @@ def audit(
     folder.mkdir(exist_ok=True)
     (folder / "audit.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(folder / "audit.png", manifests, surveys, lengths, fills, cfg.capacity, ALL)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # what the data says is shown as it stands
     console.width = max(console.width, WIDTH)  # a log file is wide enough
     _print(console, content, advice, cfg, folder)
     _refuse(out, damaged)
@@ -93,7 +93,8 @@ def audit(
 def _find_damage(folder: Path, manifest: Manifest) -> dict[str, str]:
     """{shard: what is wrong with it}"""
     shards = {str(shard["name"]): shard for shard in manifest["shards"]}
-    with Meter(Console(stderr=True), f"verify {manifest['source']}", manifest["records"]) as meter:
+    console = Console(stderr=True, markup=False, emoji=False)
+    with Meter(console, f"verify {manifest['source']}", manifest["records"]) as meter:
         return dict(
             verify(ShardFolder(folder), lambda name: meter.advance(shards[name]["records"], shards[name]["bytes"]))
         )
@@ -225,7 +226,7 @@ def _show(console: Console, title: str, columns: tuple[str, ...], rows: list[tup
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console.print(table, highlight=False)
     console.print()
 

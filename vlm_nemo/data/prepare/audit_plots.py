@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_nemo.data.prepare.source_manifest import Manifest
 from vlm_nemo.data.prepare.survey import GRID, Survey, top_fact
-from vlm_nemo.data.sample import UNWANTED
+from vlm_nemo.data.sample import UNWANTED, printable
 
 LARGEST = 8
 """Sources that get a line of their own; more could not be told apart."""
@@ -155,12 +155,17 @@ def _groups(axis: Any, surveys: Mapping[str, Survey], names: list[str]) -> None:
     left = np.zeros(len(names))
     for value in values[:9]:
         widths = np.array([100 * shares[name].get(value, 0) for name in names])
-        axis.barh(names, widths, left=left, label=value)
+        axis.barh(names, widths, left=left, label=_literal(value))
         left += widths
     axis.barh(names, 100 - left, left=left, color="0.85", label="other or not stated")
-    axis.set(title=f"Texts by {fact or 'writing'}", xlabel="share of the sample, %", xlim=(0, 100))
+    axis.set(title=f"Texts by {_literal(fact or 'writing')}", xlabel="share of the sample, %", xlim=(0, 100))
     axis.invert_yaxis()
     axis.legend(fontsize=8, loc="lower right")
+
+
+def _literal(text: str) -> str:
+    """What the data says is no formula, and not long."""
+    return printable(text, 40).replace("$", r"\$")
 
 
 def _nothing(axis: Any, why: str) -> None:

@@ -16,6 +16,8 @@ from vlm_nemo.types import UserError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk says."""
 
 
 @contextmanager
@@ -23,9 +25,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` (made if missing) for this process alone.
 
     The kernel lets go when the process ends, so a killed one leaves nothing to tidy up; the file stays and means
-    nothing by itself. Raises UserError, which names the process, if another holds it.
+    nothing by itself. Raises UserError if it cannot be made, or, with the process's name, if another holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        raise UserError(f"out={folder} cannot be written: {error}; choose another folder") from None
     path = folder / LOCK
     with open(path, "a+", encoding="utf-8") as file:
         try:

@@ -44,7 +44,7 @@ def read_manifest(path: Path, folder: str | None = None) -> list[RawSource]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"manifest={path} cannot be read: {error}") from None
     sources = _keys(content, ("name", "root", "sources"), ("sources",), str(path))["sources"]
     if not isinstance(sources, dict) or not sources:

@@ -18,7 +18,7 @@ class Meter:
     def __init__(self, console: Console, what: str, total: int) -> None:
         """total: samples."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

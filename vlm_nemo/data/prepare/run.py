@@ -5,7 +5,6 @@ What was prepared from the same files is kept, shard by shard, so an interrupted
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,9 +17,9 @@ from safetensors import SafetensorError
 
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.layout import ImageSpec, image_spec
-from vlm_nemo.data.ledger import Ledger
+from vlm_nemo.data.ledger import Ledger, check_budget
 from vlm_nemo.data.prepare.bpe import train_tokenizer
-from vlm_nemo.data.prepare.lock import folder_lock
+from vlm_nemo.data.prepare.lock import FULL, folder_lock
 from vlm_nemo.data.prepare.manifest import RawSource, read_manifest
 from vlm_nemo.data.prepare.measure import check_template, fingerprint_of, measure_source, mixed_lengths, sample_lengths
 from vlm_nemo.data.prepare.pool import Pool
@@ -34,7 +33,6 @@ LEDGER = "ledger.json"
 AUDIT = "audit"
 ADVICE_SAMPLES = 8192
 """Lengths a source by which a capacity is judged."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def prepare(cfg: PrepareConfig) -> dict[str, Manifest]:
@@ -49,7 +47,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Manifest]:
     sources = read_manifest(Path(cfg.manifest), cfg.root)
     spec = image_spec(cfg.image_size, cfg.patch_size, False, "pad", (0.5, 0.5, 0.5))
     out = Path(cfg.out)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     with ExitStack() as stack:
         stack.enter_context(_full_disk_is_said(out))
         stack.enter_context(folder_lock(out))
@@ -79,6 +77,7 @@ def _check(cfg: PrepareConfig) -> None:
     for key in ("shard_samples", "workers", "capacity", "audit_samples", "image_size", "patch_size"):
         if (value := getattr(cfg, key)) < 1:
             raise UserError(f"{key}={value} must be at least 1")
+    check_budget("", cfg.max_bad_fraction, cfg.min_samples_before_stop)
     if cfg.tokenizer and cfg.tokenizer_vocab:
         raise UserError(
             f"tokenizer={cfg.tokenizer} and tokenizer_vocab={cfg.tokenizer_vocab} name two tokenizers; give one of "
@@ -95,9 +94,7 @@ def _full_disk_is_said(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors' own error has the number in its text only
-        full = (
-            error.errno in _FULL if isinstance(error, OSError) else any(f"os error {n})" in str(error) for n in _FULL)
-        )
+        full = error.errno in FULL if isinstance(error, OSError) else any(f"os error {n})" in str(error) for n in FULL)
         if not full:
             raise
         raise UserError(

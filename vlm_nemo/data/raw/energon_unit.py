@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.energon import EnergonMeta, energon_sample, read_energon
 from vlm_nemo.data.raw.tar import Group, count_tar, read_members, scan_tar
-from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, shard_image, stamp
-from vlm_nemo.data.sample import SampleError
+from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, shard_image, stamp
 from vlm_nemo.types import UserError
 
 
@@ -34,14 +34,13 @@ class EnergonUnit:
         tar = Path(self.folder) / self.tar
         groups = _left(scan_tar(tar), self.tar, self.meta.excluded)[self.first : self.first + self.count]
         for key, contents in read_members(tar, groups, self.meta.members):
-            name = f"{self.tar}/{key}"
-            try:
-                messages, images = energon_sample(self.meta, contents)
-                check_images(messages, len(images))
-                check_turns(messages)
-                yield RawSample(name, messages, None, [shard_image(image) for image in images])
-            except SampleError as error:
-                yield RawDrop(name, error.reason, error.detail)
+            yield attempt(f"{self.tar}/{key}", partial(self._sample, contents=contents))
+
+    def _sample(self, name: str, contents: dict[str, bytes]) -> RawSample:
+        messages, images = energon_sample(self.meta, contents)
+        check_images(messages, len(images))
+        check_turns(messages)
+        return RawSample(name, messages, None, [shard_image(image) for image in images])
 
 
 def list_energon(where: dict[str, Path], options: dict[str, str], shard_samples: int, apply: Map) -> list[EnergonUnit]:

@@ -13,14 +13,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from vlm_nemo.data.chat import check_images
 from vlm_nemo.data.raw.messages import caption_messages
 from vlm_nemo.data.raw.tar import Group, read_members, scan_tar
-from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, facts_of, shard_image, stamp
+from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, EMPTY_CAPTION, MISSING_IMAGE, SampleError
 from vlm_nemo.types import UserError
 
@@ -53,11 +53,8 @@ class DownloadUnit:
         groups = scan_shard(shard)[self.first : self.first + self.count]
         known = _read_facts(parquet_of(shard), stamp(parquet_of(shard)))
         for key, contents in read_members(shard, groups, _MEMBERS):
-            name = f"{shard.name}/{key}"
-            try:
-                yield _caption(name, contents, known.get(key.rpartition("/")[2], {}))
-            except SampleError as error:
-                yield RawDrop(name, error.reason, error.detail)
+            facts = known.get(key.rpartition("/")[2], {})
+            yield attempt(f"{shard.name}/{key}", partial(_caption, contents=contents, known=facts))
 
 
 def parquet_of(shard: Path) -> Path:

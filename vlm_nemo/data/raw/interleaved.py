@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.downloaded import Location, find_downloads, read_download
 from vlm_nemo.data.raw.messages import text_messages
 from vlm_nemo.data.raw.table import Rows, list_rows
-from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, facts_of, read_image, shard_image, stamp
+from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, read_image, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, IMAGE_SIZE, MISSING_IMAGE, SampleError, ShardImage
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
@@ -53,11 +54,7 @@ class DocumentUnit:
 
     def read(self) -> Iterator[RawSample | RawDrop]:
         for number, row in enumerate(self.rows.read()):
-            name = self.rows.name(number)
-            try:
-                yield self._document(name, row)
-            except SampleError as error:
-                yield RawDrop(name, error.reason, error.detail)
+            yield attempt(self.rows.name(number), partial(self._document, row=row))
 
     def _document(self, name: str, row: Any) -> RawSample:
         parts: list[str] = []

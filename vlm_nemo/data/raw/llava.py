@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.table import read_list
-from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, facts_of, read_image, shard_image, stamp
+from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, read_image, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, Message, SampleError
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
@@ -45,10 +46,7 @@ class LlavaUnit:
             name = f"row {number}"
             if isinstance(row, dict) and "id" in row:
                 name += f" (id {row['id']})"
-            try:
-                yield _conversation(name, row, Path(self.images), self.captions)
-            except SampleError as error:
-                yield RawDrop(name, error.reason, error.detail)
+            yield attempt(name, partial(_conversation, row=row, folder=Path(self.images), captions=self.captions))
 
 
 def _conversation(name: str, row: Any, folder: Path, captions: bool) -> RawSample:
@@ -59,7 +57,7 @@ def _conversation(name: str, row: Any, folder: Path, captions: bool) -> RawSampl
         raise SampleError(BAD_JSON, "not an object with conversations (a list) and image (text or a list of texts)")
     messages: list[Message] = []
     for turn in turns:
-        speaker = _SPEAKERS.get(turn.get("from", "")) if isinstance(turn, dict) else None
+        speaker = _SPEAKERS.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if speaker is None or not isinstance(turn.get("value"), str):
             raise SampleError(BAD_JSON, 'a turn is not {"from": human or gpt, "value": text}')
         messages.append({"role": speaker, "content": turn["value"]})

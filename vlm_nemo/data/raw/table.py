@@ -17,6 +17,8 @@ from typing import Any
 from vlm_nemo.data.raw.unit import stamp
 from vlm_nemo.types import UserError
 
+DEEPEST = 32
+"""Levels of lists and tables in a row."""
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -79,22 +81,36 @@ def read_list(path: Path) -> list[Any]:
     """Rows of a JSON list, or of JSON lines; a line that is none is its text. Raises UserError."""
     try:
         if path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as stream:
+            with open(path, "rb") as stream:
                 return [parse_line(line) for line in stream if line.strip()]
         rows = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: a row is nested too deeply; JSON lines lose only that row") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a {type(rows).__name__}, not a list")
-    return rows
+    return [_shallow(row) for row in rows]
 
 
 def parse_line(line: str | bytes) -> Any:
     """A line of JSON, or its text if it is none."""
     try:
-        return json.loads(line)
+        return _shallow(json.loads(line))
     except (ValueError, RecursionError):
         return line if isinstance(line, str) else line.decode("utf-8", "replace")
+
+
+def _shallow(row: Any) -> Any:
+    """The row, or what is said in its place: one that is nested deeply cannot be sent to another process."""
+    return row if _fits(row, DEEPEST) else f"a row nested more than {DEEPEST} deep"
+
+
+def _fits(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    parts = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_fits(part, levels - 1) for part in parts if isinstance(part, (dict, list)))
 
 
 def _cut(file: Path, size: int) -> list[Rows]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vlm_nemo.data.header import read_header
-from vlm_nemo.data.sample import MISSING_IMAGE, Message, SampleError, ShardImage
+from vlm_nemo.data.sample import BAD_JSON, MISSING_IMAGE, Message, SampleError, ShardImage, check_text, printable
 
 LONGEST_FACT = 2048
 """Letters: an address is a fact, a document is not."""
@@ -52,6 +52,25 @@ Map = Callable[[Callable[[Path], int], list[Path]], Iterator[int]]
 """`map`, or a pool's."""
 
 
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a row of a form that nobody thought of raises: its own fault, never the whole run's. UserError and OSError are
+not among them: a damaged file and a full disk are no fault of a row."""
+
+
+def attempt(name: str, make: Callable[[str], RawSample]) -> RawSample | RawDrop:
+    """make(name), or why it cannot be used; name: of the sample, as the raw data says it."""
+    name = printable(name)
+    try:
+        sample = make(name)
+        check_text(*(message["content"] for message in sample.messages), sample.kind or "")
+        check_text(*sample.facts, *(value for value in sample.facts.values() if isinstance(value, str)))
+        return sample
+    except SampleError as error:
+        return RawDrop(name, error.reason, printable(error.detail))
+    except _FAULTS as error:
+        return RawDrop(name, BAD_JSON, printable(f"{type(error).__name__}: {error}"))
+
+
 def read_image(folder: Path, name: str) -> bytes:
     """A file of a folder of images. Raises SampleError ("missing image"), also if it lies outside."""
     root = folder.resolve()
@@ -77,10 +96,15 @@ def facts_of(values: Mapping[Any, Any], without: Container[str] = ()) -> dict[st
     facts: dict[str, float | str] = {}
     for name, value in values.items():
         key = str(name).lower()
-        if key in without:
+        if key in without or len(key) > LONGEST_FACT:
             continue
-        if isinstance(value, (bool, int, float)) and math.isfinite(value):
-            facts[key] = float(value)
+        if isinstance(value, (bool, int, float)):
+            try:
+                number = float(value)
+            except OverflowError:  # JSON's integers have no end
+                continue
+            if math.isfinite(number):
+                facts[key] = number
         elif isinstance(value, str) and len(value) <= LONGEST_FACT:
             facts[key] = value
     return facts

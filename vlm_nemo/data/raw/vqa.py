@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.messages import pick_answer, question_messages
 from vlm_nemo.data.raw.table import Rows, list_rows
-from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, digest, facts_of, read_image, shard_image, stamp
+from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, read_image, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, SampleError
 
 OPTIONS = {"image": "image", "question": "question", "answer": "answer", "group": "", "suffix": ""}
@@ -45,11 +46,7 @@ class VqaUnit:
 
     def read(self) -> Iterator[RawSample | RawDrop]:
         for number, row in enumerate(self.rows.read()):
-            name = self.rows.name(number)
-            try:
-                yield self._sample(name, row)
-            except SampleError as error:
-                yield RawDrop(name, error.reason, error.detail)
+            yield attempt(self.rows.name(number), partial(self._sample, row=row))
 
     def _sample(self, name: str, row: Any) -> RawSample:
         if not isinstance(row, dict):
