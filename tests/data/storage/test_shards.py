@@ -83,9 +83,15 @@ def test_a_cut_or_missing_shard_is_named(copy: Path) -> None:
     tar.write_bytes(whole[:-10240])
     with pytest.raises(UserError, match=r"00000\.tar has \d+ bytes"):
         ShardFolder(copy).record(0)
+    index = index_path(tar).read_bytes()
     index_path(tar).write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"00000\.tar cannot be read"):
-        ShardFolder(copy).record(0)
+        ShardReader(tar)
+    # One bit, of an image's place: it would be another image
+    index_path(tar).write_bytes(index[:-1] + bytes([index[-1] ^ 1]))
+    for read in (lambda: ShardFolder(copy).record(0), lambda: ShardFolder(copy).sizes(0)):
+        with pytest.raises(UserError, match=r"index of shard \S+00000\.tar is not the one that manifest\.json names"):
+            read()
     tar.unlink()
     with pytest.raises(UserError, match=r"00000\.tar cannot be read"):
         ShardFolder(copy).record(0)
@@ -94,6 +100,9 @@ def test_a_cut_or_missing_shard_is_named(copy: Path) -> None:
 def test_a_shard_with_another_number_of_records_is_refused(copy: Path) -> None:
     shutil.copy(copy / "00001.tar", copy / "00000.tar")
     shutil.copy(index_path(copy / "00001.tar"), index_path(copy / "00000.tar"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][0]["index_sha256"] = manifest["shards"][1]["index_sha256"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="holds 5 records"):
         ShardFolder(copy).record(0)
 

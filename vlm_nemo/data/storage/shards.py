@@ -232,7 +232,7 @@ class ShardFolder(NumberedFolder):
         name = self.shards[shard]
         sha256 = self._sha256[name][1]
         data = self.store.read_all(name + INDEX_SUFFIX, sha256)
-        if self._remote and hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise UserError(f"the index of shard {self.path}/{name} is not the one that {MANIFEST} names; {_AGAIN}")
         return data
 
