@@ -128,10 +128,11 @@ def test_what_is_damaged_beside_a_shard_is_made_again(raw: Path, pattern: str, d
     asked = config(raw, tokenizer=str(raw / "fixed"))
     before = prepare(asked)
     assert pattern != "excluded.safetensors" or "excluded" in before["captions"]
-    for path in (found := list((raw / "out" / "captions").glob(pattern))):
-        data = path.read_bytes()
+    found = {path: path.read_bytes() for path in (raw / "out" / "captions").glob(pattern)}
+    for path, data in found.items():
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
     assert found and prepare(asked) == before
+    assert {path: path.read_bytes() for path in found} == found
     folder = open_folder(str(raw / "out" / "captions"))
     assert folder.text_tokens(fingerprint_of(str(raw / "fixed"), "vicuna")) is not None
     assert [folder.sizes(i) for i in range(len(folder))] == [folder.record(i).sizes for i in range(len(folder))]
