@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -20,6 +21,11 @@ _THREADS = 16
 """For reading many small files of a remote source."""
 
 
+def digest(*parts: object) -> str:
+    """12 hex digits for plain data."""
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+
 class Reader(Protocol):
     """One shard, read by record number."""
 
@@ -31,6 +37,9 @@ class Reader(Protocol):
 
 class NumberedFolder(ABC):
     """The shards of one source as a sequence of records. Threads may share it."""
+
+    identity: str
+    """See folders.py."""
 
     def __init__(self, path: str, counts: list[int], excluded: np.ndarray | None = None, *, remote: bool) -> None:
         """counts: records of each shard; excluded: sorted numbers of records that are passed over."""
