@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,17 @@ def test_many_shards_do_not_need_many_open_files(prepared: Path, monkeypatch: py
     assert len(shards._readers) == 1
     with pytest.raises(IndexError):
         shards.record(len(shards))
+
+
+def test_the_places_of_large_sets_are_kept_within_bounds(prepared: Path) -> None:
+    """CC3M's 3.3 million records stay at hand, and what that takes is what KEPT_RECORDS says."""
+    from vlm_nemo.data.storage.numbered import KEPT_RECORDS
+
+    assert KEPT_RECORDS > 3_400_000
+    reader = ShardReader(prepared / "captions" / "00000.tar")
+    columns = [value for value in vars(reader).values() if isinstance(value, array)]
+    taken = sum(len(column) * column.itemsize for column in columns) / len(reader)
+    assert len(columns) == 7 and taken < 50 and taken * KEPT_RECORDS < 450e6
 
 
 def test_sizes_and_image_hashes_are_in_the_index(copy: Path) -> None:

@@ -15,8 +15,12 @@ import numpy as np
 
 from vlm_nemo.data.sample import Record
 
-KEPT_RECORDS = 1 << 21
-"""Records whose places are kept in memory, some 60 bytes each; the index of a shard beyond that is read again."""
+KEPT_RECORDS = 1 << 23
+"""Records of a source whose places are kept in memory, 54 bytes each: 450 MB at most in each process that reads.
+
+Beyond that the index of a shard that was let go is read again: in a random order, with 1000 records a shard, a record
+then takes 160 us of CPU time instead of 15. The sizes of all images stay, 16 bytes a record of one image.
+"""
 _THREADS = 16
 """For reading many small files of a remote source."""
 
