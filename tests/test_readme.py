@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def test_the_tree_is_the_one_that_is_there() -> None:
         if path.name not in ("__init__.py", "__main__.py")
     }
     assert listed == there
+
+
+def test_the_tests_that_it_names_are_there() -> None:
+    named = re.findall(r"`((?:tests|benchmarks)/[^`\s]*)`", README)
+    assert len(named) > 10 and [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_fill_is_the_benchmarks() -> None:
+    said = re.search(r"fills rows of\s+(\d+) tokens to ([\d.]+) %", README)
+    result = json.loads((ROOT / "benchmarks" / "results" / "packing.json").read_text())
+    assert said and result["claim"].startswith(f"Rows of {said[1]} filled to {said[2]} % or more")
 
 
 def test_its_yaml_is_what_the_program_takes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 FAULTS = ("status 500", "status 429", "short", "drop", "cut", "stall")
 STALLS_SELDOM = (*FAULTS[:-1] * 4, FAULTS[-1])
@@ -33,6 +33,7 @@ class FolderServer(ThreadingHTTPServer):
         self.faults: tuple[str, ...] = FAULTS
         self.ranges = True
         self.etags = True
+        self.escape = False
         self.redirect: str | None = None
         self.random = random.Random(0)
         self.requests: list[tuple[str, str, str | None]] = []
@@ -78,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if path.is_dir():
-            links = "".join(f'<a href="{entry}">{entry}</a>\n' for entry in sorted(os.listdir(path)))
+            entries = {entry: quote(entry) if server.escape else entry for entry in sorted(os.listdir(path))}
+            links = "".join(f'<a href="{link}">{entry}</a>\n' for entry, link in entries.items())
             links += '<a href="http://elsewhere.example/99999.tar">x</a>\n'
             data, status, headers = links.encode(), 200, {"Content-Type": "text/html"}
         elif not path.is_file():

@@ -16,15 +16,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.raw_data import SPEC, data_config, make_prepared, write_all_lengths
+from tests.data.raw_data import SPEC, data_config, make_prepared, picture, write_all_lengths, write_img2dataset
 from vlm_nemo.data.chat import TEMPLATES
-from vlm_nemo.data.config import AugmentConfig, DataConfig, PackConfig, SourceConfig
+from vlm_nemo.data.config import AugmentConfig, DataConfig, PackConfig, SourceConfig, StoreConfig
 from vlm_nemo.data.encode import Encoder
 from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.mixture import build_mixture
 from vlm_nemo.data.planner import Planner
+from vlm_nemo.data.storage.cache import Cache
 from vlm_nemo.data.storage.folders import Folder, open_folder
 from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.types import UserError
 
 RECORDS = 140
 
@@ -230,11 +232,64 @@ def test_the_second_budget_and_the_shares(measured: Path, tokenizer: Tokenizer) 
 
 
 def test_an_order_of_other_shares_is_refused(measured: Path, tokenizer: Tokenizer) -> None:
-    from vlm_nemo.types import UserError
-
     state = steps(config(measured), tokenizer, 1)[0][0].state
     with pytest.raises(UserError, match="shares=weights, this run shares=counts"):
         steps(config(measured, sources=blend(measured)), tokenizer, 1, 1, state)
+
+
+def test_other_data_of_the_same_number_is_refused(measured: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """One caption is another; a record more is left out and one less; tars as they are; but data may move."""
+    import shutil
+
+    state = json.loads(json.dumps(steps(config(measured), tokenizer, 1)[0][0].state))
+    moved = Path(shutil.copytree(measured, tmp_path / "moved"))
+    steps(config(moved), tokenizer, 1, 1, state)
+    with pytest.raises(UserError, match=r"order has template=short, this run template=plain; go back"):
+        steps(config(moved, template="plain"), tokenizer, 1, 1, state)
+    shutil.rmtree(moved / "captions")
+    other = make_prepared(tmp_path, captions=60, rows=1)
+    shutil.copytree(other / "captions", moved / "captions")
+    steps(config(moved), tokenizer, 1, 1, state)
+    write_img2dataset(
+        tmp_path / "captions", [[{"jpg": picture(i), "txt": b"other words"} for i in range(j, j + 30)] for j in (0, 30)]
+    )
+    shutil.rmtree(other)
+    _prepare_captions(tmp_path)
+    found = config(measured)
+    found.sources["captions"].path = str(other / "captions")
+    assert len(open_folder(str(other / "captions"))) == 60
+    with pytest.raises(UserError, match=r"^the data of data\.sources\.captions is not what the run began with[^\n]*$"):
+        steps(found, tokenizer, 1, 1, state)
+
+
+def test_what_tars_and_shards_are(measured: Path, tmp_path: Path) -> None:
+    """The identity of a source changes with its contents and with what is left out, not with its place."""
+    import shutil
+
+    from tests.data.storage.test_shards import exclude
+
+    cache = Cache(StoreConfig(cache_dir=str(tmp_path / "cache")))
+    write_img2dataset(tmp_path / "a", [[{"jpg": picture(i), "txt": b"x"} for i in range(3)]])
+    first = open_folder(str(tmp_path / "a"), cache=cache).identity
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert open_folder(str(tmp_path / "b"), cache=cache).identity == first
+    write_img2dataset(tmp_path / "c", [[{"jpg": picture(i), "txt": b"x" * 5000} for i in range(3)]])
+    assert open_folder(str(tmp_path / "c"), cache=cache).identity != first
+    folder = Path(shutil.copytree(measured / "captions", tmp_path / "d"))
+    found = [open_folder(str(folder)).identity]
+    for records in ([3], [4]):
+        exclude(folder, records)
+        found.append(open_folder(str(folder)).identity)
+    assert len(set(found)) == 3 and found[0] == open_folder(str(measured / "captions")).identity
+
+
+def _prepare_captions(folder: Path) -> None:
+    from tests.data.raw_data import write_manifest
+    from vlm_nemo.data.config import PrepareConfig
+    from vlm_nemo.data.prepare.run import prepare
+
+    manifest = write_manifest(folder, ("captions",))
+    prepare(PrepareConfig(manifest=str(manifest), out=str(folder / "out"), shard_samples=25, workers=1))
 
 
 def test_planning_is_quick(measured: Path, tokenizer: Tokenizer) -> None:

@@ -191,3 +191,31 @@ def test_an_error_of_the_reader_is_everybodys(measured: Path, layout: dict[str, 
     assert "has no tokenizer.json" in reader[0][1] and reader[1][1] == "the shard is gone"
     assert other[3][1] == "the replica's reader failed: ZeroDivisionError: oops"
     assert "division by zero" in other[-1][1] and all(seconds < 5 for _, _, seconds in reader + other)
+
+
+def slow_reader(layout: dict[str, Any]) -> list[str]:
+    """The first reader takes longer to open its data than a collective waits."""
+    import logging
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from vlm_nemo.data.feed import Feed
+    from vlm_nemo.runtime import device, groups
+
+    groups.TIMEOUT, groups.SAY_SECONDS = timedelta(seconds=3), 1.0
+    said: list[str] = []
+    groups.log.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    with device.adapter():
+        ranks = groups.start(ParallelConfig(**layout), seed=0)
+        Feed(lambda: time.sleep(0 if ranks.rank else 7), ranks)  # type: ignore[arg-type,return-value]
+        dist.barrier()
+        groups.stop()
+    return said
+
+
+@pytest.mark.parametrize("layout", [dict(tensor=2), dict()], ids=["tp2", "dp2"])
+def test_the_first_index_may_take_longer_than_a_collective(layout: dict[str, Any]) -> None:
+    reader, other = run_ranks(slow_reader, 2, layout, timeout=120)
+    assert not reader and "waiting for 1 ranks that open their data" in other[0]

@@ -132,7 +132,8 @@ class PrepareConfig:
     patch_size: int = 14
     """Side of the model's patches, pixels."""
     audit: bool = False
-    """Print what is in the data, and write it to out/audit with plots."""
+    """Print what is in the data, and write it to out/audit with plots. Reads every byte of every shard and fails where
+    one is damaged; without it, a shard is reused if its length and its index are what they were."""
     audit_samples: int = 5000
     """Texts a source that the audit reads."""
     max_bad_fraction: float = 0.01

@@ -47,7 +47,10 @@ class Feed:
     """Seconds that the last next() took: waiting for the reader's rows, and handing them on."""
 
     def __init__(self, build: Callable[[], Loader], ranks: Ranks) -> None:
-        """build: makes the replica's Loader, on its reader only. Raises what it raises, on every rank."""
+        """build: makes the replica's Loader, on its reader only; the others wait. Called by all ranks of the job.
+
+        Raises what it raises, on every rank of the replica.
+        """
         self._ranks = ranks
         self._alone = ranks.tensor * ranks.pipeline == 1
         self._reader = ranks.first_stage and ranks.tensor_rank == 0
@@ -59,6 +62,8 @@ class Feed:
                 self.loader = build()
             except BaseException as caught:
                 error = caught
+        # The first index of many tars takes longer than a collective waits
+        groups.wait_for_all(failed=error is not None)
         self._agree({}, {}, error)
 
     def next(self) -> StepData:

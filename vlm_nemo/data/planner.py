@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.encode import Encoder, PlannedSample
 from vlm_nemo.data.layout import count_tokens, vision_cost
 from vlm_nemo.data.lengths import fingerprint, reason_of
@@ -76,6 +77,12 @@ class Planner:
         has something usable."""
         self._encoder = encoder
         self._mixture = mixture
+        # What the samples are, besides their order. Not in it: capacity and pool, the model's limits, augmentation:
+        # they may change on the way, as a learning rate may; what follows is packed and changed as they then say
+        self._order = mixture.identity | {
+            "template": next((n for n, known in TEMPLATES.items() if known == encoder.template), "?"),
+            "data": {name: folder.identity for name, folder in encoder.folders.items()},
+        }
         self._limit = min(capacity, max_tokens)
         self._max_tokens = max_tokens
         self._vision_limit = vision_capacity
@@ -107,12 +114,7 @@ class Planner:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises UserError if it belongs to another order of samples."""
-        for key, value in self._mixture.identity.items():
-            if state["order"].get(key) != value:
-                raise UserError(
-                    f"the checkpoint's data order has {key}={state['order'].get(key)}, this run {key}={value}; go back "
-                    "to it, or start a new run from the checkpoint's weights (checkpoint=DIR and another run_dir)"
-                )
+        _compare(state["order"], self._order)
         for position in state["pool"]:
             self._admit(position, self._mixture[position])
         self._position = int(state["position"])
@@ -131,7 +133,7 @@ class Planner:
             delay = max(delay, self._position - 1 - row[0].position)  # the oldest comes first
             planned.append(row)
         drops, self._drops = self._drops, []
-        state = {"position": self._position, "pool": self._packer.items, "order": self._mixture.identity}
+        state = {"position": self._position, "pool": self._packer.items, "order": self._order}
         return Plan(rows=planned, drops=drops, delay=delay, state=state)
 
     def _admit(self, position: int, place: Place) -> None:
@@ -185,3 +187,22 @@ class Planner:
                 TOO_LONG, f"{cost} patches, the limit is {self._vision_limit} (data.pack.vision_capacity)"
             )
         return PlannedSample(position, source, epoch, record, length, cost, encoded)
+
+
+def _compare(saved: dict[str, Any], order: dict[str, Any]) -> None:
+    """Raises UserError that names what is not as it was."""
+    for key, value in order.items():
+        was = saved.get(key)
+        if was == value:
+            continue
+        if key == "data" and isinstance(was, dict):
+            names = [name for name in value if was.get(name) != value[name]]
+            what = (
+                f"the data of {', '.join(f'data.sources.{name}' for name in names)} is not what the run began with: "
+                "other shards or tars, though as many records; bring them back (they may lie elsewhere)"
+            )
+        else:
+            what = f"the checkpoint's data order has {key}={was}, this run {key}={value}; go back to it"
+        raise UserError(
+            f"{what}, or start a new run from the checkpoint's weights (checkpoint=DIR and another run_dir)"
+        )

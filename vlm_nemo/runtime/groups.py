@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,7 +16,12 @@ from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
+log = logging.getLogger(__name__)
+
 TIMEOUT = timedelta(minutes=10)
+"""Of a collective."""
+SAY_SECONDS = 60.0
+LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,32 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_all(failed: bool = False) -> None:
+    """Wait until every rank has come here, however long that takes, or one has failed.
+
+    A collective gives up after TIMEOUT; here ranks look at the job's store instead.
+    """
+    if dist.get_world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()  # the one that init_process_group made of the environment
+    key = f"vlm_nemo/wait/{next(_waits)}"
+    store.add(f"{key}/failed", int(failed))
+    store.add(f"{key}/here", 1)
+    started = said = time.monotonic()
+    while not failed and not store.add(f"{key}/failed", 0):
+        left = dist.get_world_size() - store.add(f"{key}/here", 0)
+        if not left:
+            return
+        if time.monotonic() - said > SAY_SECONDS and dist.get_rank() < 2:  # rank 0 may be one of those that work
+            said = time.monotonic()
+            log.warning("waiting for %d ranks that open their data, %.0f s so far", left, said - started)
+        time.sleep(LOOK_SECONDS)
+
+
+_waits = itertools.count()
+"""Every rank waits as often as every other."""
 
 
 def sum_over(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:

@@ -48,3 +48,12 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.language.vocab_size is "
             f"{model.language.vocab_size}; raise it to a multiple of 64 of at least {tokenizer.vocab_size}"
         )
+
+
+def check_tokenizer(tokenizer: Tokenizer, step_folder: Path, remedy: str) -> None:
+    """Raises UserError where a checkpoint was trained with another tokenizer; remedy: what may be done else."""
+    if not tokenizer.same_as(step_folder / "tokenizer"):
+        raise UserError(
+            f"data.tokenizer={tokenizer.folder} is not the tokenizer that {step_folder} was trained with: its ids "
+            f"mean other words; use {step_folder}/tokenizer, or {remedy}"
+        )

@@ -19,6 +19,7 @@ from vlm_nemo.data.feed import Feed
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.prepare.advice import WARN_BELOW, Fill, advise, pack_fill, percent
+from vlm_nemo.data.storage.store import redact
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vision import spec_of
@@ -28,7 +29,7 @@ from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim, tensors
 from vlm_nemo.train.metrics import MetricsWriter
-from vlm_nemo.train.origin import check_vocabulary
+from vlm_nemo.train.origin import check_tokenizer, check_vocabulary
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
@@ -53,7 +54,8 @@ def train(cfg: Config) -> None:
 def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -> None:
     began = time.perf_counter()
     run_dir = Path(cfg.run_dir)
-    config_text = yaml.safe_dump(asdict(cfg), sort_keys=False)
+    told = redact(asdict(cfg))  # what is written down or sent away; the run itself needs nothing of it
+    config_text = yaml.safe_dump(told, sort_keys=False)
 
     # 1. What there is to start from and to read, checked before anything is built
     tokenizer = Tokenizer(cfg.data.tokenizer)
@@ -71,11 +73,10 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     if origin:
         checkpoint.check(origin, ranks, ("weights/", "tokenizer/"))
         checkpoint.check_parts(origin, tensors.Reader(origin / "weights"), cfg.checkpoint.reset)
-        if "language" not in cfg.checkpoint.reset and not tokenizer.same_as(origin / "tokenizer"):
-            raise UserError(
-                f"data.tokenizer={cfg.data.tokenizer} is not the tokenizer that {origin} was trained with: its "
-                f"ids mean other words; use {origin}/tokenizer, or start the language afresh (checkpoint.reset)"
-            )
+        if "language" not in cfg.checkpoint.reset:
+            check_tokenizer(tokenizer, origin, "start the language afresh (checkpoint.reset)")
+    if saved:
+        check_tokenizer(tokenizer, saved.path, "start a new run (run_dir)")
     # Closed however this ends: an interpreter that exits while the thread decodes aborts instead of saying why
     loader = Feed(
         lambda: Loader(
@@ -119,7 +120,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     # 3. The loop
     metrics = None
     if ranks.main:
-        metrics = MetricsWriter(run_dir, cfg.log, steps=cfg.trainer.steps, start=start, config=asdict(cfg))
+        metrics = MetricsWriter(run_dir, cfg.log, steps=cfg.trainer.steps, start=start, config=told)
         opened.callback(metrics.close)
         if saved:
             metrics.say(f"going on from {saved.path} (step {start})")

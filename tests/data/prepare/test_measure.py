@@ -116,3 +116,28 @@ def test_a_mix_has_as_many_of_each_as_its_share() -> None:
     lengths = {"a": np.full(100, 1), "b": np.full(100, 2), "c": np.zeros(0, dtype=np.int64)}
     mixed = mixed_lengths(lengths, {"a": 1000, "b": 250, "c": 7})
     assert (mixed == 1).sum() == 100 and (mixed == 2).sum() == 25
+
+
+@pytest.mark.parametrize("pattern", ["*.lengths-*", "*.index.safetensors", "excluded.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "bit"])
+def test_what_is_damaged_beside_a_shard_is_made_again(raw: Path, pattern: str, damage: str) -> None:
+    """Training says "run prepare again": then prepare has to mend it."""
+    shutil.copytree(_trained(raw), raw / "fixed")
+    text = (raw / "manifest.yaml").read_text()
+    (raw / "manifest.yaml").write_text(text.replace("path: captions", "path: captions, drop_duplicates: true"))
+    asked = config(raw, tokenizer=str(raw / "fixed"))
+    before = prepare(asked)
+    assert pattern != "excluded.safetensors" or "excluded" in before["captions"]
+    found = {path: path.read_bytes() for path in (raw / "out" / "captions").glob(pattern)}
+    for path, data in found.items():
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    assert found and prepare(asked) == before
+    assert {path: path.read_bytes() for path in found} == found
+    folder = open_folder(str(raw / "out" / "captions"))
+    assert folder.text_tokens(fingerprint_of(str(raw / "fixed"), "vicuna")) is not None
+    assert [folder.sizes(i) for i in range(len(folder))] == [folder.record(i).sizes for i in range(len(folder))]
+
+
+def _trained(raw: Path) -> Path:
+    prepare(config(raw, tokenizer_vocab=300))
+    return raw / "out" / "tokenizer"

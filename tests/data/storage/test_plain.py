@@ -94,6 +94,41 @@ def test_over_http_on_a_bad_day(raw: Path, tmp_path: Path) -> None:
         check_captions(open_folder(server.url, cache=nothing), raw)
 
 
+def test_another_signature_finds_what_is_kept(raw: Path, tmp_path: Path) -> None:
+    """Signed URLs live for hours, the index and the cache for long."""
+    with serve_folder(raw) as server:
+        for i, user in enumerate(("", "me:secret@", "")):
+            server.requests.clear()
+            url = f"{server.url.replace('//', '//' + user)}/?X-Amz-Signature={i}&X-Amz-Expires=60"
+            check_captions(open_folder(url, cache=make_cache(tmp_path)), raw)
+            read = {name for method, name, _ in server.requests if method == "GET" and name.endswith(".tar")}
+            assert len(read) == (0 if i else 3)
+
+
+def test_what_is_no_sample_counts_nowhere(tmp_path: Path) -> None:
+    """A licence, a tool's notes, in the middle of a sample too: the same records as prepare makes of it."""
+    from tests.data.raw_data import write_manifest
+    from vlm_nemo.data.config import PrepareConfig
+    from vlm_nemo.data.prepare.run import prepare
+
+    image = picture(1)
+    members = [
+        ("LICENSE", b"text"),
+        ("__meta__/0.txt", b"x"),
+        ("a.jpg", image),
+        ("__done__", b""),
+        ("README", b""),
+    ]
+    members += [("a.txt", b"one"), ("b.JPG", image), ("b.txt", b"two"), ("d/LICENSE", b"")]
+    write_tar(tmp_path / "captions" / "00000.tar", members)
+    manifest = write_manifest(tmp_path, ("captions",))
+    prepare(PrepareConfig(manifest=str(manifest), out=str(tmp_path / "out"), workers=1))
+    plain = open_folder(str(tmp_path / "captions"), cache=make_cache(tmp_path))
+    prepared = open_folder(str(tmp_path / "out" / "captions"))
+    assert len(plain) == len(prepared) == 2
+    assert [plain.record(i) for i in (0, 1)] == [replace(prepared.record(i), facts={}) for i in (0, 1)]
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +84,15 @@ def test_a_cut_or_missing_shard_is_named(copy: Path) -> None:
     tar.write_bytes(whole[:-10240])
     with pytest.raises(UserError, match=r"00000\.tar has \d+ bytes"):
         ShardFolder(copy).record(0)
+    index = index_path(tar).read_bytes()
     index_path(tar).write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"00000\.tar cannot be read"):
-        ShardFolder(copy).record(0)
+        ShardReader(tar)
+    # One bit, of an image's place: it would be another image
+    index_path(tar).write_bytes(index[:-1] + bytes([index[-1] ^ 1]))
+    for read in (lambda: ShardFolder(copy).record(0), lambda: ShardFolder(copy).sizes(0)):
+        with pytest.raises(UserError, match=r"index of shard \S+00000\.tar is not the one that manifest\.json names"):
+            read()
     tar.unlink()
     with pytest.raises(UserError, match=r"00000\.tar cannot be read"):
         ShardFolder(copy).record(0)
@@ -94,6 +101,9 @@ def test_a_cut_or_missing_shard_is_named(copy: Path) -> None:
 def test_a_shard_with_another_number_of_records_is_refused(copy: Path) -> None:
     shutil.copy(copy / "00001.tar", copy / "00000.tar")
     shutil.copy(index_path(copy / "00001.tar"), index_path(copy / "00000.tar"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][0]["index_sha256"] = manifest["shards"][1]["index_sha256"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="holds 5 records"):
         ShardFolder(copy).record(0)
 
@@ -122,6 +132,17 @@ def test_many_shards_do_not_need_many_open_files(prepared: Path, monkeypatch: py
     assert len(shards._readers) == 1
     with pytest.raises(IndexError):
         shards.record(len(shards))
+
+
+def test_the_places_of_large_sets_are_kept_within_bounds(prepared: Path) -> None:
+    """CC3M's 3.3 million records stay at hand, and what that takes is what KEPT_RECORDS says."""
+    from vlm_nemo.data.storage.numbered import KEPT_RECORDS
+
+    assert KEPT_RECORDS > 3_400_000
+    reader = ShardReader(prepared / "captions" / "00000.tar")
+    columns = [value for value in vars(reader).values() if isinstance(value, array)]
+    taken = sum(len(column) * column.itemsize for column in columns) / len(reader)
+    assert len(columns) == 7 and taken < 50 and taken * KEPT_RECORDS < 450e6
 
 
 def test_sizes_and_image_hashes_are_in_the_index(copy: Path) -> None:

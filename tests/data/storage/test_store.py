@@ -19,7 +19,7 @@ import pytest
 from tests.data.http_server import FAULTS, FolderServer, serve_folder
 from vlm_nemo.data.config import StoreConfig
 from vlm_nemo.data.storage.remote import _check_redirect
-from vlm_nemo.data.storage.store import LocalStore, MissingFile, Store, open_store, show_url
+from vlm_nemo.data.storage.store import LocalStore, MissingFile, Store, open_store, redact, show_url, url_key
 from vlm_nemo.types import UserError
 
 QUICK = StoreConfig(tries=12, timeout=0.5, wait=0.01)
@@ -95,6 +95,21 @@ def test_a_folder_that_is_listed_over_http_stays_in_its_host(folder: Path, tmp_p
     (folder / "odd?name#1.tar").unlink()
     with serve_folder(tmp_path) as server:
         assert open_store(f"{server.url}/files", QUICK).list() == ["a b.tar", "empty.tar"]
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_names_and_folders_with_spaces(folder: Path, tmp_path: Path, escaped: bool) -> None:
+    """As a server writes its links, escaped or not, so that what is listed can be opened; also behind a signature."""
+    folder.rename(tmp_path / "my data")
+    (tmp_path / "my data" / "odd?name#1.tar").rename(tmp_path / "my data" / "50%25.tar")
+    if not escaped:
+        (tmp_path / "my data" / "50%25.tar").unlink()
+    with serve_folder(tmp_path) as server:
+        server.escape = escaped
+        for path in ("my%20data", "my data/", "my%20data?sig=secret", "my data/?X-Amz-Signature=a/b"):
+            store = open_store(f"{server.url}/{path}", QUICK)
+            assert store.list() == (["50%25.tar"] if escaped else []) + ["a b.tar", "empty.tar"]
+            assert [store.open(name).size for name in store.list()] == [3] * escaped + [200_000, 0]
 
 
 def test_an_object_store(folder: Path) -> None:
@@ -236,6 +251,33 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 def test_secrets_are_not_shown() -> None:
     assert show_url("https://u:p@h.example/a/b?X-Amz-Signature=1#f") == "https://h.example/a/b"
     assert show_url("cannot reach https://u:p@h/a?s=1 (see s3://k@b/c)") == "cannot reach https://h/a (see s3://b/c)"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://u:p@ss@h/x", "http://h/x"),
+        ("s3://a:b/c@bucket", "s3://bucket"),
+        ("s3://a:b/c@bucket/d/e.tar", "s3://bucket/d/e.tar"),
+        ("http://u:12@h/x", "http://h/x"),
+        ("http://u:p?q@h/a", "http://h/a"),
+        ("http://u:p#q@h/a?sig=2", "http://h/a"),
+        ("http://u:p@h/a?x=b@c", "http://h/a"),
+        ("http://k@e@h/x", "http://h/x"),
+        ("http://h:80/a@b/c", "http://h:80/a@b/c"),
+        ("http://[::1]:8000/a", "http://[::1]:8000/a"),
+    ],
+)
+def test_odd_passwords_are_not_shown(url: str, shown: str) -> None:
+    assert show_url(url) == shown and show_url(f"({url!r}) and more") == f"({shown!r}) and more"
+    assert redact({"a": [url, "a?b@c", 3], "b": {"c": None}}) == {"a": [shown, "a?b@c", 3], "b": {"c": None}}
+
+
+def test_keys_hold_no_secret_and_no_signature() -> None:
+    first = url_key("https://u:p@h/a/b.tar?X-Amz-Date=1&X-Amz-Signature=2&id=3#f")
+    assert first == url_key("https://h/a/b.tar?id=3&sig=another&se=2027") == "https://h/a/b.tar?id=3"
+    assert url_key("https://h/get?id=3") != url_key("https://h/get?id=4")
+    assert url_key("s3://k:s@bucket/a b") == "s3://bucket/a b" and url_key("/local/a?b@c") == "/local/a?b@c"
 
 
 @pytest.mark.parametrize("wrong", [{"tries": 0}, {"timeout": 0.0}, {"wait": -1.0}])

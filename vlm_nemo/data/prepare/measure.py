@@ -63,7 +63,7 @@ def measure_shard(task: LengthsTask) -> tuple[int, dict[str, Any]]:
     {"sha256", "tokens": of the texts that can be used, "unusable": {reason: n}, "reused"}
     """
     path = lengths_path(task.tar, task.fingerprint)
-    if task.before is not None and path.is_file():
+    if task.before is not None and path.is_file() and sha256(path) == task.before.get("sha256"):
         return task.number, {**task.before, "reused": True}
     lengths = measure(_records(task.tar), _tokenizer(task.tokenizer), TEMPLATES[task.template])
     if len(lengths) != task.records:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.ledger import Ledger
-from vlm_nemo.data.prepare.convert import EXAMPLES, Task, convert
+from vlm_nemo.data.prepare.convert import EXAMPLES, Task, convert, sha256
 from vlm_nemo.data.prepare.duplicates import exclusion_input, find_duplicates, write_excluded
 from vlm_nemo.data.prepare.manifest import RawSource
 from vlm_nemo.data.prepare.pool import Pool
@@ -135,7 +135,8 @@ def _exclude(out: Path, manifest: Manifest, earlier: Manifest) -> dict[str, Any]
     """Find the duplicates, unless it was done for the same shards, and write which records to pass over."""
     made_of = exclusion_input(manifest["shards"])
     known = earlier.get("excluded")
-    if known is not None and known.get("input") == made_of and (out / EXCLUDED).is_file():
+    path = out / EXCLUDED
+    if known is not None and known.get("input") == made_of and path.is_file() and sha256(path) == known.get("sha256"):
         return dict(known)
     tars = [out / shard["name"] for shard in manifest["shards"]]
     found = find_duplicates(tars, sum(shard["records"] for shard in manifest["shards"]))

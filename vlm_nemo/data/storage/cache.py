@@ -3,10 +3,10 @@
     CACHE_DIR/blocks/3f/3f…a0-12    block 12 of a file: length and checksum, then the bytes
     CACHE_DIR/indexes/…             indexes of tars that came without one (plain.py); they are small and stay
 
-A block's name holds a hash of where its file lies, its length, and its version (ETag, time of change, SHA-256 in a
-manifest): of a file that changed, nothing old is used. Any number of threads and processes may share a folder. Blocks
-appear whole or not at all; one that was damaged on disk is fetched again. Where the disk is full or the folder cannot
-be written, data is read without the cache.
+A block's name holds a hash of where its file lies (without password and signature), its length, and its version
+(ETag, time of change, SHA-256 in a manifest): of a file that changed, nothing old is used. Any number of threads and
+processes may share a folder. Blocks appear whole or not at all; one that was damaged on disk is fetched again. Where
+the disk is full or the folder cannot be written, data is read without the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlm_nemo.data.config import StoreConfig
-from vlm_nemo.data.storage.store import File, Store, open_store
+from vlm_nemo.data.storage.store import File, Store, open_store, url_key
 from vlm_nemo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class CachedFile:
         self._file = file
         self._cache = cache
         self._key = hashlib.blake2b(
-            repr((url, file.size, file.version, version, BLOCK)).encode(), digest_size=16
+            repr((url_key(url), file.size, file.version, version, BLOCK)).encode(), digest_size=16
         ).hexdigest()
 
     def read(self, offset: int, size: int) -> bytes:

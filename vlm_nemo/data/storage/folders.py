@@ -21,6 +21,9 @@ class Folder(Protocol):
     """A source as a sequence of records. Threads may share it."""
 
     path: str
+    identity: str
+    """A digest of what the records are, wherever they lie: of prepared shards their SHA-256, of tars their names, sizes
+    and numbers of samples; and which records are left out."""
 
     def __len__(self) -> int: ...
 

@@ -20,8 +20,8 @@ from vlm_nemo.data.header import read_header
 from vlm_nemo.data.sample import REASONS, Record, SampleError
 from vlm_nemo.data.storage.cache import Cache, CachedStore
 from vlm_nemo.data.storage.layouts import Layout
-from vlm_nemo.data.storage.numbered import NumberedFolder
-from vlm_nemo.data.storage.store import File, Store
+from vlm_nemo.data.storage.numbered import NumberedFolder, digest
+from vlm_nemo.data.storage.store import File, Store, url_key
 from vlm_nemo.data.tars import Member, ReadAhead, Tar, samples
 from vlm_nemo.types import UserError
 
@@ -184,6 +184,9 @@ class PlainFolder(NumberedFolder):
         if not sum(found):
             raise UserError(f"{store.url}: its {len(names)} tars hold no samples; correct the path")
         super().__init__(store.url, found, remote=store.remote)
+        # Their times change when they are copied; a SHA-256 would take a pass over every byte
+        sizes = [(name, self._file(shard).size) for shard, name in enumerate(names)]
+        self.identity = digest(sizes, found, layout.name, sorted(self._left_out))
         if isinstance(store, CachedStore) and not cache.admit(sum(file.size for file in self._files.values())):
             self._files = {}
             self._tars = store.direct
@@ -210,7 +213,14 @@ class PlainFolder(NumberedFolder):
         file = self._file(shard)
         name = self.names[shard]
         excluded = frozenset(entry[len(name) + 1 :] for entry in self._left_out if entry.startswith(f"{name}/"))
-        state = (FORMAT, self._store.locate(name), file.size, file.version, self._layout.name, sorted(excluded))
+        state = (
+            FORMAT,
+            url_key(self._store.locate(name)),
+            file.size,
+            file.version,
+            self._layout.name,
+            sorted(excluded),
+        )
         digest = hashlib.blake2b(repr(state).encode(), digest_size=16).hexdigest()
         source = ReadAhead(file) if self._remote else file
         return load(self._cache.index(digest, lambda: save(index_tar(source, self._layout, excluded))))

@@ -8,14 +8,16 @@ never from https down to http.
 from __future__ import annotations
 
 import asyncio
+import html
 import logging
 import os
 import random
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from vlm_nemo.data.config import StoreConfig
 from vlm_nemo.data.storage.store import MissingFile, show_url
@@ -29,6 +31,9 @@ LOOK = 0.25
 """Seconds between two looks at whether the reader was told to stop."""
 PIECE = 1 << 20
 """Bytes of one request when a whole file is read: what takes too long should be known soon."""
+LONGEST_PAGE = 1 << 26
+"""Bytes that are read of a folder's page."""
+_LINK = re.compile(r"""<a\s(?:[^>]*\s)?href\s*=\s*(["'])(.*?)\1""", re.IGNORECASE | re.DOTALL)
 _NO_RETRY = (TypeError, ValueError, ImportError, PermissionError, IsADirectoryError, NotImplementedError)
 _T = TypeVar("_T")
 
@@ -127,14 +132,22 @@ class RemoteStore:
 
     def list(self) -> list[str]:
         """Names of the files, sorted. Over HTTP: what the folder's page links to."""
-        root = self.locate("").rstrip("/") + "/"
+        root = self.locate("")
         try:
-            found = self.insist("", lambda: self._call("ls", root if self._http else root[:-1], detail=False))
+            if not self._http:
+                found = self.insist("", lambda: self._call("ls", root.rstrip("/"), detail=False))
+                return sorted({url.rsplit("/", 1)[1] for url in found} - {""})
+            page = self.insist("", lambda: self._call("cat_file", root, start=0, end=LONGEST_PAGE))
         except MissingFile:
             return []
-        if self._http:  # a page may link to anywhere
-            found = [url for url in found if url.startswith(root)]
-        return sorted({url.rsplit("/", 1)[1] for url in found} - {""})
+        # Not by fsspec: it joins links to the query, and takes "a%20b" for a name
+        links = [
+            urlsplit(urljoin(root, html.unescape(match[2]))) for match in _LINK.finditer(page.decode(errors="replace"))
+        ]
+        folder = unquote(self._parts.path).rstrip("/") + "/"
+        paths = [unquote(link.path) for link in links if _host(link) == _host(self._parts)]  # it may link to anywhere
+        names = {path[len(folder) :] for path in paths if path.startswith(folder)}
+        return sorted(name for name in names if name and "/" not in name)
 
     def fetch(self, name: str, start: int, end: int, expected: dict[str, Any]) -> bytes:
         """One try to read bytes start to end; it may give less."""
@@ -201,6 +214,10 @@ class RemoteStore:
             answer.cancel()
             raise
         return answer.result()
+
+
+def _host(parts: SplitResult) -> str:
+    return parts.netloc.rpartition("@")[2]
 
 
 def _status(error: BaseException) -> int | None:

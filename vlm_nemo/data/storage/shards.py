@@ -25,7 +25,7 @@ from safetensors.numpy import load
 from vlm_nemo.data.config import StoreConfig
 from vlm_nemo.data.sample import BAD_JSON, Record, SampleError
 from vlm_nemo.data.storage.cache import Cache, CachedStore
-from vlm_nemo.data.storage.numbered import NumberedFolder
+from vlm_nemo.data.storage.numbered import NumberedFolder, digest
 from vlm_nemo.data.storage.store import File, LocalStore, MissingFile, Store
 from vlm_nemo.types import UserError
 
@@ -170,6 +170,10 @@ class ShardFolder(NumberedFolder):
         counts = [int(shard["records"]) for shard in shards]
         excluded = _read_excluded(store, manifest["excluded"], sum(counts)) if "excluded" in manifest else None
         super().__init__(where, counts, excluded, remote=store.remote)
+        self.identity = digest(
+            [(shard["name"], shard["records"], shard["sha256"]) for shard in shards],
+            manifest["excluded"]["sha256"] if excluded is not None else None,
+        )
         self.manifest = manifest
         self.shards = [str(shard["name"]) for shard in shards]
         self.store = store
@@ -232,7 +236,7 @@ class ShardFolder(NumberedFolder):
         name = self.shards[shard]
         sha256 = self._sha256[name][1]
         data = self.store.read_all(name + INDEX_SUFFIX, sha256)
-        if self._remote and hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise UserError(f"the index of shard {self.path}/{name} is not the one that {MANIFEST} names; {_AGAIN}")
         return data
 

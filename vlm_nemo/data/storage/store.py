@@ -11,7 +11,8 @@ import threading
 import weakref
 from collections import deque
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 from vlm_nemo.data.config import StoreConfig
 from vlm_nemo.types import UserError
@@ -62,7 +63,7 @@ class Store(Protocol):
         ...
 
     def locate(self, name: str) -> str:
-        """Where a file lies; it may hold a password."""
+        """Where a file lies; it may hold a password. `url_key` makes a key of it."""
         ...
 
 
@@ -85,8 +86,46 @@ def open_store(url: str, cfg: StoreConfig, stop: threading.Event | None = None) 
 
 
 def show_url(url: str) -> str:
-    """A URL, or a text with URLs, without what may be secret: user, password, query."""
-    return re.sub(r"[?#][^\s'\")\]]*", "", re.sub(r"(://)[^/\s@]*@", r"\1", url))
+    """A URL, or a text with URLs, without what may be secret: user, password, query.
+
+    Rather too little than too much: a password may hold "@", "/" or "?", though it should be escaped there.
+    """
+    return re.sub(r"[?#][^\s'\")\]]*", "", _USER.sub("://", url))
+
+
+_USER = re.compile(
+    r"://(?:"
+    # user:password, not host:port, up to the last @
+    r"[^/\s?#:@]*:(?!\d*(?:[/?#\s'\")\]]|$))(?:[^\s?#]*@|\S*@)"
+    r"|[^/\s?#]*@)"
+)
+_SIGNATURE = re.compile(
+    r"(x-amz-.*|x-goog-.*|awsaccesskeyid|googleaccessid|key-pair-id|policy|signature|expires|token|access_token"
+    r"|sv|ss|srt|sp|se|st|spr|sr|si|sip|sig|sdd|skoid|sktid|skt|ske|sks|skv)",
+    re.IGNORECASE,
+)
+"""Parameters of signed URLs (S3, Google's, CloudFront, Azure's)."""
+
+
+def url_key(url: str) -> str:
+    """A URL by what it names, for keys of what is kept: without user, password, and parameters that only sign it.
+
+    Other parameters stay, as they may name the object (download?id=3).
+    """
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    query = "&".join(part for part in parts.query.split("&") if not _SIGNATURE.fullmatch(part.partition("=")[0]))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query, fragment=""))
+
+
+def redact(value: Any) -> Any:
+    """Plain data with `show_url` applied to every URL in it."""
+    if isinstance(value, dict):
+        return {key: redact(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [redact(item) for item in value]
+    return show_url(value) if isinstance(value, str) and "://" in value else value
 
 
 class _Handle:
