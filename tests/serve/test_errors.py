@@ -132,7 +132,7 @@ def test_values_that_are_refused(server: Server, change: dict[str, Any], param: 
         (data_uri(b"\xff\xd8\xff\xe0 not a jpeg"), "Failed to load image: JPEG header: "),
         (data_uri(png(4, 4)), "Failed to load image: 4 x 4, below 8 pixels"),
         (data_uri(bomb(9000, 9000)), "Failed to load image: 9000 x 9000, above 67108864 pixels"),
-        (data_uri(bomb(65500, 65500)), "Failed to load image: DecompressionBombError"),
+        (data_uri(bomb(65500, 65500)), "Failed to load image: 65500 x 65500, above"),
         (data_uri(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "Failed to load image: "),
     ],
 )
