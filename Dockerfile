@@ -12,7 +12,7 @@ COPY recipes recipes
 # --no-deps where a dependency would bring another torch; the rest is free of it and takes what fits the image.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir --no-deps megatron-core==0.16.1 . \
- && pip install --no-cache-dir psutil numpy webdataset fsspec aiohttp "hydra-core>=1.3.2,<1.4" "omegaconf>=2.3,<2.4" \
+ && pip install --no-cache-dir psutil numpy webdataset fsspec aiohttp pyarrow "hydra-core>=1.3.2,<1.4" "omegaconf>=2.3,<2.4" \
         tokenizers safetensors pillow simplejpeg rich matplotlib pyyaml "wandb>=0.25" tensorboard \
         fastapi uvicorn prometheus-client onnx onnxscript onnxruntime
 
