@@ -1,4 +1,5 @@
-"""Core attention for megatron-core's layers: full attention in the vision tower, causal per sample in packed rows.
+"""Core attention for megatron-core's layers: full in the vision tower (whole images, views, windows), causal per
+sample in packed rows.
 
 Replaces megatron's DotProductAttention, which refuses packed rows, and its TransformerEngine twin, which needs CUDA.
 """
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,8 +24,8 @@ class CoreAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v, for this tensor rank's heads.
 
     q: [T, B, heads, d], k and v: [T, B, kv_heads, d] -> [T, B, heads * d].
-    With `packed_seq_params` (B must be 1) a token sees the earlier tokens of its own sample only; those of a
-    CachedStep (generation) are in the cache.
+    With `packed_seq_params` (B must be 1) a token sees its own segment only, and of that what came before where the
+    segments are causal; what came before in a CachedStep (generation) is in the cache.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class CoreAttention(nn.Module):
         self.layer = layer_number
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale
+        self.local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
 
     def forward(
         self,
@@ -55,17 +58,21 @@ class CoreAttention(nn.Module):
         assert attention_mask is None and attention_bias is None, "masks come from the segments"
         if packed_seq_params is None:
             return dense_attention(query, key, value, self.causal, self.scale)
-        assert self.causal and query.shape[1] == 1, "packed rows are causal, one row at a time"
+        assert query.shape[1] == 1, "one packed row at a time"
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if isinstance(packed_seq_params, CachedStep):
             out = cached_attention(q, k, v, packed_seq_params, self.layer, self.scale)
         else:
-            out = packed_attention(q, k, v, packed_seq_params, self.scale)
+            segments = packed_seq_params
+            if self.local and segments.windows is not None:
+                segments = segments.windows
+            assert self.causal == segments.causal, "the layer's mask and the row's layout"
+            out = packed_attention(q, k, v, segments, self.scale)
         return out.flatten(1).unsqueeze(1)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
-    """Causal attention inside every segment. [T, heads, d] -> [T, heads, d]."""
+    """Attention inside every segment, causal if the segments are. [T, heads, d] -> [T, heads, d]."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return varlen_attention(q, k, v, segments, scale)
     return segment_attention(q, k, v, segments, scale)
@@ -91,7 +98,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float 
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
-    """Causal attention inside every segment, through the rectangles. [T, heads, d] -> [T, heads, d]."""
+    """Attention inside every segment, through the rectangles. [T, heads, d] -> [T, heads, d]."""
     assert segments.cells is not None and segments.cell_of_token is not None
     groups = q.shape[1] // k.shape[1]
     spread = [_Spread.apply(x.flatten(1), segments.cells, segments.cell_of_token) for x in (q, k, v)]
@@ -102,7 +109,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale
         qr, kr, vr = (x[cut].view(rows, length, -1, q.shape[2]).transpose(1, 2) for x in spread)
         if groups > 1:
             kr, vr = kr.repeat_interleave(groups, dim=1), vr.repeat_interleave(groups, dim=1)
-        out = F.scaled_dot_product_attention(qr, kr, vr, is_causal=True, scale=scale)
+        out = F.scaled_dot_product_attention(qr, kr, vr, is_causal=segments.causal, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(rows * length, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return _Gather.apply(joined, segments.cells, segments.cell_of_token).view_as(q)
@@ -147,7 +154,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {}
     # torch 2.13 spells causal as a window; 2.10 and 2.11 as a flag.
-    options.update({"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True})
+    if segments.causal:
+        options.update({"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True})
     if scale is not None:
         options["scale"] = scale
     if k.shape[1] != q.shape[1]:

@@ -6,7 +6,8 @@ as a few rectangles, one sample a row, so that ordinary causal attention runs on
     cu = [0, 3, 7, 11]    lengths 3, 4, 4
     one rectangle of 3 x 4    [0 1 2 .] [3 4 5 6] [7 8 9 10]      '.' is a cell without a token
 
-Lengths within a factor of two share a rectangle, so less than half of it is empty.
+Lengths within a factor of two share a rectangle, so less than half of it is empty. Behind a sample's own tokens the
+causal mask hides those cells; without it (a vision tower's views and windows) only equal lengths share a rectangle.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class Segments(PackedSeqParams):
     """[C] int64: the token of every cell, 0 where there is none"""
     cell_of_token: Tensor | None = None
     """[T] int64: the cell of every token"""
+    causal: bool = True
+    """Whether a token sees only those before it in its segment, or all of it."""
+    windows: Segments | None = None
+    """What layers with a window see instead (a vision tower's windows); None: the same"""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """The same, every tensor through `move`."""
@@ -37,14 +42,16 @@ class Segments(PackedSeqParams):
         moved = copy.copy(self)
         moved.cu_seqlens_q = moved.cu_seqlens_kv = move(self.cu_seqlens_q)
         moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
+        moved.windows = self.windows.moved(move) if self.windows is not None else None
         return moved
 
 
-def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
+def make_segments(cu_seqlens: Tensor, used_tokens: int, *, causal: bool = True) -> Segments:
     """Lay out a packed row.
 
     cu_seqlens: [S+1] int32 from 0 to T; used_tokens: where the padding starts. The padding is cut into pieces no
     longer than the longest sample, so that a nearly empty row costs no more attention than a full one.
+    causal=False: attention inside each segment is full.
     """
     cu = [int(c) for c in cu_seqlens.tolist()]
     total = cu[-1]
@@ -55,7 +62,7 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
 
     lengths = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
     starts = torch.tensor(bounds[:-1])
-    bucket = torch.ceil(torch.log2(lengths.float())).long()
+    bucket = torch.ceil(torch.log2(lengths.float())).long() if causal else lengths
     rectangles, cells, cell_of_token, offset = [], [], torch.empty(total, dtype=torch.int64), 0
     for b in bucket.unique().tolist():
         rows = (bucket == b).nonzero().flatten()
@@ -79,4 +86,5 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
         rectangles=rectangles,
         cells=torch.cat(cells),
         cell_of_token=cell_of_token,
+        causal=causal,
     )
