@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
-
 import torch
 
+from tests.squares import squares
 from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.model.batch import tensors
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
@@ -49,21 +48,10 @@ def sample(seed: int, length: int, images: int = 1) -> tuple[torch.Tensor, torch
 
 
 def images(tokens: torch.Tensor, pixels: torch.Tensor) -> Images[torch.Tensor]:
-    """[n, 3, 16, 16] in the placeholders' places, cut into patches of 8 x 8 without the project's own cutter."""
-    slots = (tokens == IMAGE).nonzero().flatten()
-    patches = [p[:, y : y + 8, x : x + 8].permute(1, 2, 0).flatten() for p in pixels for y in (0, 8) for x in (0, 8)]
-    return Images(
-        patches=torch.stack(patches) if patches else torch.empty(0, 192, dtype=torch.uint8),
-        grids=torch.tensor([[2, 2]] * len(pixels)).view(-1, 2),
-        views=torch.ones(len(pixels), dtype=torch.int64),
-        slots=slots,
-        sources=torch.arange(len(slots)),
-    )
-
-
-def arrays(found: Images[torch.Tensor]) -> Images[Any]:
-    """The same in numpy, as generation takes it."""
-    return Images(**{field.name: getattr(found, field.name).numpy() for field in fields(found)})
+    """[n, 3, 16, 16], in the placeholders' places."""
+    found = squares(pixels.numpy(), tokens.tolist(), IMAGE, patch=8)
+    assert found is not None
+    return tensors(found)
 
 
 def row(samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], capacity: int) -> PackedBatch:

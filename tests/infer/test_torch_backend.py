@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tests import tiny
 from tests.ranks import run_ranks
+from tests.squares import squares
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.torch_backend import TorchBackend
 from vlm_nemo.model.batch import model_batch, tensors
@@ -42,7 +43,9 @@ def backend_of(chunk: VLM, parallel: ParallelConfig | None = None, slots: int = 
 
 def prompt(seed: int, length: int, images: int) -> tuple[list[int], Images[Any]]:
     tokens, _, pixels = tiny.sample(seed, length, images)
-    return tokens.tolist(), tiny.arrays(tiny.images(tokens, pixels))
+    found = squares(pixels.numpy(), tokens.tolist(), tiny.IMAGE)
+    assert found is not None
+    return tokens.tolist(), found
 
 
 @torch.no_grad()
