@@ -73,7 +73,8 @@ class CoreAttention(nn.Module):
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
     """Attention inside every segment, causal if the segments are. [T, heads, d] -> [T, heads, d]."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    dense = segments.cells is None and len(segments.rectangles) == 1
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dense:
         return varlen_attention(q, k, v, segments, scale)
     return segment_attention(q, k, v, segments, scale)
 
@@ -99,9 +100,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:
     """Attention inside every segment, through the rectangles. [T, heads, d] -> [T, heads, d]."""
-    assert segments.cells is not None and segments.cell_of_token is not None
     groups = q.shape[1] // k.shape[1]
-    spread = [_Spread.apply(x.flatten(1), segments.cells, segments.cell_of_token) for x in (q, k, v)]
+    spread = [x.flatten(1) for x in (q, k, v)]
+    if segments.cells is not None:
+        spread = [_Spread.apply(x, segments.cells, segments.cell_of_token) for x in spread]
     outputs, start = [], 0
     for rows, length in segments.rectangles:
         cut = slice(start, start + rows * length)
@@ -112,7 +114,9 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale
         out = F.scaled_dot_product_attention(qr, kr, vr, is_causal=segments.causal, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(rows * length, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _Gather.apply(joined, segments.cells, segments.cell_of_token).view_as(q)
+    if segments.cells is not None:
+        joined = _Gather.apply(joined, segments.cells, segments.cell_of_token)
+    return joined.view_as(q)
 
 
 class _Spread(torch.autograd.Function):
