@@ -14,8 +14,8 @@ from vlm_nemo.model.vision import layers_used
 
 
 def initialise(parameters: Iterable[LocalParameter], cfg: ModelConfig, seed: int) -> None:
-    """Norms to one, biases to zero, matrices to normal(0, init_std); the matrices that write into the residual
-    stream are scaled by 1/sqrt(2 layers), as GPT-2 and Megatron do."""
+    """Norms to one (to zero where they multiply by 1 + weight), biases to zero, matrices to normal(0, init_std); the
+    matrices that write into the residual stream are scaled by 1/sqrt(2 layers), as GPT-2 and Megatron do."""
     with torch.no_grad():
         for local in parameters:
             for box, view in local.pieces(local.parameter.data):
@@ -28,7 +28,9 @@ def initial_value(box: Box, cfg: ModelConfig, seed: int) -> torch.Tensor:
     if last.endswith("bias"):
         return torch.zeros(box.shape)
     if "norm" in words[-2]:
-        return torch.ones(box.shape)
+        return (
+            torch.zeros(box.shape) if words[0] == "language" and cfg.language.norm_plus_one else torch.ones(box.shape)
+        )
     std = cfg.init_std
     if box.key == "vision.position" and cfg.vision.position_init_std is not None:
         std = cfg.vision.position_init_std

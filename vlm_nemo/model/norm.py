@@ -11,6 +11,9 @@ from torch.nn import functional as F
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, as `config.normalization` says. x: [..., D] -> [..., D].
 
+    With `config.layernorm_zero_centered_gamma` (Gemma) an RMSNorm multiplies by 1 + weight, in fp32: in bf16 that sum
+    would lose most of the weight.
+
     Under sequence parallelism every tensor rank sees other tokens, so the gradients of weight and bias are partial;
     megatron sums them over the tensor group for parameters that carry `sequence_parallel = True`.
     """
@@ -19,6 +22,7 @@ class Norm(nn.Module):
         super().__init__()
         self.eps = eps
         self.rms = config.normalization == "RMSNorm"
+        self.plus_one = config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         if not self.rms:
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
@@ -26,6 +30,8 @@ class Norm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.plus_one:
+            return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).type_as(x)
         if self.rms:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

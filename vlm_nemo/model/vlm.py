@@ -52,7 +52,7 @@ class VLM(MegatronModule):
         """
         x = None
         if self.pre_process:
-            x = self.language.embedding(input_ids=batch.tokens, position_ids=batch.positions)
+            x = self.language.embed(batch.tokens, batch.positions)
             x = place_images(
                 x, self.embed_images(batch.images) if image_embeds is None else image_embeds, batch.image_slots
             )
