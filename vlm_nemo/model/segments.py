@@ -34,9 +34,9 @@ class Segments(PackedSeqParams):
     rectangles: list[tuple[int, int]] = field(default_factory=list)
     """rows and length of each; their cells follow one another in `cells`"""
     cells: Tensor | None = None
-    """[C] int64: the token of every cell, 0 where there is none"""
+    """[C] int64: the token of every cell, 0 where there is none; None where the cells are the tokens in their order"""
     cell_of_token: Tensor | None = None
-    """[T] int64: the cell of every token"""
+    """[T] int64: the cell of every token; None with `cells`"""
     causal: bool = True
     """Whether a token sees only those before it in its segment, or all of it."""
     windows: Segments | None = None
@@ -68,11 +68,11 @@ class Segments(PackedSeqParams):
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """The same, every tensor through `move`."""
-        assert self.cells is not None and self.cell_of_token is not None
         moved = copy.copy(self)
         moved.masks = {}
         moved.cu_seqlens_q = moved.cu_seqlens_kv = move(self.cu_seqlens_q)
-        moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
+        if self.cells is not None and self.cell_of_token is not None:
+            moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
         moved.windows = self.windows.moved(move) if self.windows is not None else None
         return moved
 
@@ -108,6 +108,8 @@ def make_segments(
         cells.append(torch.where(inside, tokens, 0).flatten())
         cell_of_token[tokens[inside]] = offset + inside.flatten().nonzero().flatten()
         offset += tokens.numel()
+    order = torch.cat(cells)
+    in_order = len(order) == total and bool((order == torch.arange(total)).all())  # segments of one length
     cu_out = torch.tensor(bounds, dtype=torch.int32)
     # "sbhd": megatron must keep the row as [T, 1, ...] and apply the rotary table row by row; its own "thd" path
     # reads cu_seqlens back to the host in every layer.
@@ -118,8 +120,8 @@ def make_segments(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         rectangles=rectangles,
-        cells=torch.cat(cells),
-        cell_of_token=cell_of_token,
+        cells=None if in_order else order,
+        cell_of_token=None if in_order else cell_of_token,
         causal=causal,
         blocks=[] if blocks is None else _samples_of(block_runs(blocks), cu),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
@@ -26,15 +26,9 @@ from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, as Gemma and SigLIP were trained with."""
-    return F.gelu(x, approximate="tanh")
-
-
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
     "silu": F.silu,
 }

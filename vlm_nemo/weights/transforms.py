@@ -63,7 +63,17 @@ GATE_UP = Transform(
 """SwiGLU's two matrices [F, D] to one [2F, D], the gate's rows first."""
 
 PATCH = Transform(
-    join=lambda tensors, _: tensors[0].flatten(1),
-    split=lambda tensor, sizes: [tensor.reshape(tensor.shape[0], -1, sizes.patch, sizes.patch)],
+    join=lambda tensors, _: tensors[0].movedim(1, -1).flatten(1),
+    split=lambda tensor, sizes: [
+        tensor.reshape(tensor.shape[0], sizes.patch, sizes.patch, -1).movedim(-1, 1).contiguous()
+    ],
 )
-"""The patch convolution [D, 3, p, p] to the matrix [D, 3 p p] that `vision.patchify` multiplies with."""
+"""The patch convolution [D, 3, p, p] to the matrix [D, p p 3], in the order of `vlm_nemo.types.Images`."""
+
+TEMPORAL_PATCH = Transform(
+    join=lambda tensors, _: tensors[0].movedim(1, -1).flatten(2),
+    split=lambda tensor, sizes: [
+        tensor.reshape(*tensor.shape[:2], sizes.patch, sizes.patch, -1).movedim(-1, 1).contiguous()
+    ],
+)
+"""The same for patches that span frames: [D, 3, t, p, p] to [D, t, p p 3]."""
