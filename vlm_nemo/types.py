@@ -15,11 +15,15 @@ Letters name logical dimensions; sharding never renames them.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Array = TypeVar("Array", bound=Sized)
+"""NDArray where threads decode and where a server has no torch; Tensor in a PackedBatch."""
 
 IGNORE_INDEX = -100
 """A label that takes no part in the loss (the value that PyTorch and Hugging Face use)."""
@@ -33,7 +37,7 @@ class UserError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class Images(Generic[Array]):
     """The pictures of a row (or a sample, or a prompt), cut into patches, in the order of their placeholders.
 
     An image is one view or several (tiles, a thumbnail); a view is a grid of patches. The tower and the projector make
@@ -45,21 +49,22 @@ class Images:
     Two images: the second one's sources go on behind the first one's embeddings.
     """
 
-    patches: Tensor
+    patches: Array
     """[P, p*p*3] uint8: row by row in a view; inside a patch row by row, the colours of a pixel side by side"""
-    grids: Tensor
+    grids: Array
     """[V, 2] int64: rows and columns of patches of every view"""
-    views: Tensor
+    views: Array
     """[N] int64: views of every image"""
-    slots: Tensor
-    """[M] int64, ascending: places in the row's (sample's, prompt's) tokens"""
-    sources: Tensor
+    slots: Array
+    """[M] int64, ascending: places in the row's (sample's, prompt's) tokens; for a decoder that looks at images by
+    cross-attention [N], the places of the image tokens, and no sources"""
+    sources: Array
     """[M] int64: >= 0 an embedding, -1 - k the projector's extra row k"""
 
     @property
     def count(self) -> int:
         """Images, N."""
-        return self.views.shape[0]
+        return len(self.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ class PackedBatch:
     """[3, T] int64"""
     cu_seqlens: Tensor
     """[S+1] int32, from 0 to T"""
-    images: Images
+    images: Images[Tensor]
     """What the vision tower gets, and where it goes."""
     samples: int
     """Samples in the row."""

@@ -14,7 +14,7 @@ from vlm_nemo.model.vision import layers_used
 
 
 def initialise(parameters: Iterable[LocalParameter], cfg: ModelConfig, seed: int) -> None:
-    """Norms to one, biases to zero, matrices to normal(0, init_std); the matrices that write into the residual
+    """Norms to one (to zero where one is added), biases to zero, LayerScale to its start, matrices to normal(0, init_std); the matrices that write into the residual
     stream are scaled by 1/sqrt(2 layers), as GPT-2 and Megatron do."""
     with torch.no_grad():
         for local in parameters:
@@ -28,7 +28,11 @@ def initial_value(box: Box, cfg: ModelConfig, seed: int) -> torch.Tensor:
     if last.endswith("bias"):
         return torch.zeros(box.shape)
     if "norm" in words[-2]:
-        return torch.ones(box.shape)
+        plus_one = words[0] == "projector" and words[1] == "norm" and cfg.projector.norm == "gemma"
+        return torch.zeros(box.shape) if plus_one else torch.ones(box.shape)
+    if last in ("attention_scale", "mlp_scale"):
+        assert cfg.vision.layer_scale is not None, "LayerScale without its start"
+        return torch.full(box.shape, cfg.vision.layer_scale)
     std = cfg.init_std
     if box.key == "vision.position" and cfg.vision.position_init_std is not None:
         std = cfg.vision.position_init_std

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 
 
 def transformer_config(
