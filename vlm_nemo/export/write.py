@@ -34,8 +34,8 @@ from vlm_nemo.infer.onnx_backend import OnnxBackend
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.types import UserError
-from vlm_nemo.weights import llava
 from vlm_nemo.weights.shards import new_folder, write_json
+from vlm_nemo.weights.tables import naming_of
 
 Say = Callable[[str], None]
 
@@ -121,7 +121,13 @@ def _write_graphs(source: Source, wish: Wish, draft: Path, twin: Path | None, sa
         shape = (cfg.language.vocab_size, cfg.language.hidden_size)
         files += [vision, language, embedding_file(folder / "embedding.safetensors", EMBEDDING, shape, precision)]
     say(f"writing {sum(f.end for f in files) / 1e6:,.1f} MB of weights" + (" (with an fp32 twin)" if twin else ""))
-    fill(files, source.tensors(), lambda name: llava.unused_names([name], cfg))
+    naming = naming_of(cfg)
+
+    def is_idle(key: str) -> bool:
+        name = naming.understood(key)
+        return name is not None and bool(naming.leftovers([name], cfg)[0])
+
+    fill(files, source.tensors(), is_idle)
     for graph in graphs:
         graph.save()
     for folder in (draft, twin):
