@@ -123,11 +123,12 @@ def _write_graphs(source: Source, wish: Wish, draft: Path, twin: Path | None, sa
     say(f"writing {sum(f.end for f in files) / 1e6:,.1f} MB of weights" + (" (with an fp32 twin)" if twin else ""))
     naming = naming_of(cfg)
 
-    def is_idle(key: str) -> bool:
+    def check_unused(key: str) -> None:
         name = naming.understood(key)
-        return name is not None and bool(naming.leftovers([name], cfg)[0])
+        if name is None or naming.leftovers([name], cfg)[1]:
+            raise UserError(f"{source.name} has a tensor {key}, which a model of its configuration has not")
 
-    fill(files, source.tensors(), is_idle)
+    fill(files, source.tensors(), check_unused)
     for graph in graphs:
         graph.save()
     for folder in (draft, twin):
