@@ -161,10 +161,20 @@ class PrepareConfig:
     """The template to measure for, `data.template` of the training."""
     capacity: int = 4096
     """Length of a packed row to give advice on, tokens: `data.pack.capacity` of the training."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """`model.layout` of the training: its before and after are part of the texts; the rest is for advice and audit."""
     image_size: int = 336
     """Side of the model's input, pixels: for tokens a sample, in advice and audit."""
     patch_size: int = 14
     """Side of the model's patches, pixels."""
+    reduce: str = field(
+        default="none", metadata={"choices": ("none", "pixel_shuffle", "merge", "hidden_stride", "average_pool")}
+    )
+    """How neighbouring patches become one token: `model.reduce.kind`."""
+    factor: int = 2
+    """So many of them along each side, unless reduce=none: `model.reduce.factor`."""
+    queries: int | None = None
+    """Tokens a view whatever its size (Q-Former, Perceiver): `model.projector.num_queries`; null = from the sizes."""
     audit: bool = False
     """Print what is in the data, and write it to out/audit with plots. Reads every byte of every shard and fails where
     one is damaged; without it, a shard is reused if its length and its index are what they were."""
