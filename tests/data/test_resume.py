@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,8 @@ def test_augmented_samples_resume_to_the_bit(measured: Path, tokenizer: Tokenize
     later = {row: b for data in second[1] for (row,), b in zip(data.rows, data.batches, strict=True)}
     changed = texts = 0
     for (row,), batch, other in zip(whole[3][0].rows, whole[3][0].batches, plain[3][0].batches, strict=True):
-        for name in ("tokens", "labels", "positions", "cu_seqlens", "images"):
-            assert torch.equal(getattr(batch, name), getattr(later[row], name))
+        for name in ("tokens", "labels", "positions", "cu_seqlens", "images.patches", "images.slots"):
+            assert torch.equal(attrgetter(name)(batch), attrgetter(name)(later[row]))
         changed += not torch.equal(batch.images.patches, other.images.patches)
         texts += batch.used_tokens < other.used_tokens
         assert batch.samples == other.samples
@@ -220,7 +221,7 @@ def test_augmented_samples_resume_to_the_bit(measured: Path, tokenizer: Tokenize
 
 def test_the_second_budget_and_the_shares(measured: Path, tokenizer: Tokenizer) -> None:
     """At most so many patches a row, nearly as many on every replica, and the step's rows do not depend on it."""
-    cfg = config(measured, pack=PackConfig(capacity=192, pool=16, vision_capacity=5 * SPEC.tokens))
+    cfg = config(measured, pack=PackConfig(capacity=192, pool=16, vision_capacity=5 * 4))
     alone, shared = steps(cfg, tokenizer, 4), steps(cfg, tokenizer, 4, 3)
     for (one,), three in zip(alone, shared, strict=True):
         assert ids([one]) == ids(three)

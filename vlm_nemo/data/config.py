@@ -108,9 +108,12 @@ class DataConfig:
 class LayoutConfig:
     """How an image becomes views (squares, or itself) and text around its embeddings (`vlm_nemo.data.layout`)."""
 
-    kind: str = field(default="square", metadata={"choices": ("square", "anyres", "tiles", "ovis", "rows", "native")})
+    kind: str = field(
+        default="square", metadata={"choices": ("square", "anyres", "tiles", "canvas", "ovis", "rows", "native")}
+    )
     """square: one view; anyres: LLaVA-NeXT's tiles of the best resolution, unpadded, and the whole; tiles: InternVL's
-    tiles and thumbnail; ovis: Ovis' grid; rows: Idefics3's rows of tiles; native: one view of the image's own shape."""
+    tiles and thumbnail; canvas: Llama 3.2's fitted tiles; ovis: Ovis' grid; rows: Idefics3's rows of tiles; native: one
+    view of the image's own shape (Qwen2-VL)."""
     aspect: str = field(default="pad", metadata={"choices": ("pad", "crop", "squash")})
     """How an image becomes square: pad (LLaVA-1.5's training), crop (CLIP's centre crop), squash."""
     resample: str = field(default="bicubic", metadata={"choices": ("bicubic", "bilinear", "lanczos")})
@@ -121,9 +124,9 @@ class LayoutConfig:
     """Of anyres: tokens of the tiles beyond which they are scaled down (LLaVA-OneVision's anyres_max_9), in tiles a
     side squared; null = never."""
     min_tiles: int = 1
-    """Of tiles and ovis: fewest."""
+    """Of tiles: fewest."""
     max_tiles: int = 12
-    """Of tiles and ovis: most, the thumbnail not counted."""
+    """Of tiles, canvas and ovis: most, the thumbnail not counted."""
     thumbnail: bool = True
     """Of tiles: the whole image as one more view where there are several."""
     longest_edge: int | None = None

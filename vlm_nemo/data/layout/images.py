@@ -6,14 +6,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
+from vlm_nemo.data.layout.anyres import plan_anyres
+from vlm_nemo.data.layout.native import plan_native
 from vlm_nemo.data.layout.plan import NAME, ImagePlan, plain
+from vlm_nemo.data.layout.rows import plan_rows
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.layout.square import plan_square
+from vlm_nemo.data.layout.tiles import plan_canvas, plan_ovis, plan_tiles
 from vlm_nemo.types import UserError
 
 TYPICAL = (640, 480)
 """Width and height of the image by which layouts are told apart."""
-LAYOUTS: dict[str, Callable[[ImageSpec, tuple[int, int]], ImagePlan]] = {"square": plan_square}
+LAYOUTS: dict[str, Callable[[ImageSpec, tuple[int, int]], ImagePlan]] = {
+    "square": plan_square,
+    "anyres": plan_anyres,
+    "tiles": plan_tiles,
+    "canvas": plan_canvas,
+    "ovis": plan_ovis,
+    "rows": plan_rows,
+    "native": plan_native,
+}
 
 
 @lru_cache(maxsize=4096)
