@@ -133,12 +133,13 @@ def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, pr
 
 def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:
     from vlm_nemo.runtime import device, groups
+    from vlm_nemo.weights.config import model_config_of
+    from vlm_nemo.weights.families import FAMILIES
     from vlm_nemo.weights.hf import HFFolder, load_hf_weights
-    from vlm_nemo.weights.llava_config import model_config_of
     from vlm_nemo.weights.words import template_of
 
     folder = HFFolder(path)
-    if folder.family != "llava":
+    if folder.family is None:
         raise UserError(f"hf={path} holds a {folder.architecture}, which answers no questions about images alone")
     dtype = folder.dtype(folder.names()[0])
     stored = "fp32" if dtype == "float32" else "bf16"
@@ -154,7 +155,7 @@ def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision:
             ranks,
             source=Path(path),
             tokenizer=Tokenizer(path),
-            template=template_of(folder.path) or "vicuna",
+            template=template_of(folder.path) or FAMILIES[folder.family].template,
             load=lambda chunks: load_hf_weights(folder, chunks),
         )
 

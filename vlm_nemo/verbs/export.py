@@ -24,8 +24,9 @@ from vlm_nemo.train import checkpoint
 from vlm_nemo.train.origin import check_vocabulary, checkpoint_config, model_config
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
+from vlm_nemo.weights.config import check_exportable, hf_config_of, model_config_of
+from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
-from vlm_nemo.weights.llava_config import check_exportable, hf_config_of, model_config_of
 from vlm_nemo.weights.preprocessing import preprocessor_config
 from vlm_nemo.weights.shards import write_json
 from vlm_nemo.weights.words import export_tokenizer, import_tokenizer, template_of
@@ -112,10 +113,10 @@ def _from_hf(cfg: ExportConfig, precision: str, opened: ExitStack) -> Source:
     words = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
     import_tokenizer(folder.path, words)
     tokenizer = Tokenizer(words)
-    template = (template_of(folder.path) or "vicuna") if cfg.template == "auto" else cfg.template
+    template = (template_of(folder.path) or FAMILIES[model.family].template) if cfg.template == "auto" else cfg.template
 
     def tensors() -> Iterator[tuple[str, Any]]:
-        return ((name, folder.tensor(name)) for name in folder.names())
+        return folder.hub_tensors(model)
 
     def load(chunks: list[nn.Module]) -> None:
         load_hf_weights(folder, chunks)
@@ -143,5 +144,5 @@ def _write_words(out: Path, model: ModelConfig, tokenizer: Tokenizer, template: 
         out / "generation_config.json",
         {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    write_json(out / "preprocessor_config.json", preprocessor_config(model.vision))
-    export_tokenizer(tokenizer, out, TEMPLATES[template], "LlavaProcessor")
+    write_json(out / "preprocessor_config.json", preprocessor_config(model))
+    export_tokenizer(tokenizer, out, TEMPLATES[template], FAMILIES[model.family].processor)
