@@ -72,8 +72,8 @@ class Wish:
 def write_export(source: Source, wish: Wish, say: Say) -> dict[str, Any]:
     """Write the export and return its manifest.
 
-    Raises UserError for a model that the graphs cannot say, sizes that do not fit, tensors that do not, a failed parity (the report then lies beside
-    `out` as <out>.parity.json) and what an engine's builder refuses.
+    Raises UserError for a model that the graphs cannot say, sizes that do not fit, tensors that do not, a failed parity
+    (the report then lies beside `out` as <out>.parity.json) and what an engine's builder refuses.
     """
     check_covered(source.cfg)
     longest = source.cfg.language.max_positions
