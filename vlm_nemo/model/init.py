@@ -14,8 +14,9 @@ from vlm_nemo.model.vision import layers_used
 
 
 def initialise(parameters: Iterable[LocalParameter], cfg: ModelConfig, seed: int) -> None:
-    """Norms to one (to zero where one is added), biases to zero, LayerScale to its start, matrices to normal(0,
-    init_std); the matrices that write into the residual stream are scaled by 1/sqrt(2 layers), as GPT-2 and Megatron do."""
+    """Norms to one (to zero where one is added), biases to zero, LayerScale to its start, gates to zero, matrices to
+    normal(0, init_std); those that write into the residual stream are scaled by 1/sqrt(2 layers), as GPT-2 and
+    Megatron do."""
     with torch.no_grad():
         for local in parameters:
             for box, view in local.pieces(local.parameter.data):
