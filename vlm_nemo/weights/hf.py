@@ -120,6 +120,11 @@ class HFFolder:
         file, key = self._find(name)
         return file.get_tensor(key)
 
+    def hub_tensors(self, cfg: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """All tensors under hub names, one at a time. cfg: what `model_config_of` made of the folder."""
+        naming = naming_of(cfg)
+        return ((naming.spelled(*name), self.tensor(name)) for name in self.names())
+
     def dtype(self, name: Name) -> str:
         """Type of a tensor, as torch spells it, without reading the tensor."""
         file, key = self._find(name)

@@ -122,6 +122,15 @@ def _section(cfg: ModelConfig, part: str) -> tuple[object, int, Sizes]:
     return p, p.num_layers, Sizes(heads=p.num_heads, kv_heads=p.num_heads)
 
 
+def check_unused(keys: Iterable[str], cfg: ModelConfig) -> None:
+    """Raises UserError that lists the tensors, by their names in a file, that no model of this configuration has."""
+    naming = naming_of(cfg)
+    names = {key: naming.understood(key) for key in keys}
+    strange = set(naming.leftovers([name for name in names.values() if name is not None], cfg)[1])
+    if unknown := [key for key, name in names.items() if name is None or name in strange]:
+        raise UserError(f"a {FAMILIES[cfg.family].architecture} of this configuration has no tensor {listed(unknown)}")
+
+
 def listed(keys: Iterable[str]) -> str:
     """a, b, c and 12 more"""
     names = sorted(keys)

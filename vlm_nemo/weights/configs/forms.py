@@ -103,7 +103,7 @@ def misfits(form: Form, cfg: Any) -> list[tuple[str, Any, Any]]:
         try:
             if f.read(f.write(value)) != value:
                 found.append((f.ours, value, "another"))
-        except (ValueError, KeyError) as only:
+        except (ValueError, KeyError, TypeError) as only:
             found.append((f.ours, value, str(only)))
     return found
 

@@ -245,7 +245,7 @@ def _read_rope(given: Mapping[str, Any], where: str, base: float) -> tuple[float
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise refuse(where, f"{name}.partial_rotary_factor", rope["partial_rotary_factor"], "it does 1.0")
     sections = list(rope.get("mrope_section") or [])
-    if kind in ("default", "mrope"):
+    if kind in ("default", "mrope", "dynamic"):  # dynamic begins beyond max_position_embeddings
         scaling = RopeScaling()
     elif kind == "linear":
         scaling = RopeScaling(kind="linear", factor=float(rope["factor"]))

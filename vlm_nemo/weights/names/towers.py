@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.weights.names.rows import Row, StandIn, Table, linear, norm
 from vlm_nemo.weights.transforms import (
     FUSED_QKV,
@@ -16,6 +17,11 @@ from vlm_nemo.weights.transforms import (
 )
 
 _OURS = "vision.blocks.layers.{layer}"
+
+
+def _normed(v: VisionConfig) -> bool:
+    """Whether the last norm is there: it is part of the last hidden state, and of no other."""
+    return v.post_norm and v.feature_layer in (-1, v.num_layers)
 
 
 def _blocks(
@@ -72,7 +78,7 @@ TOWERS: dict[str, Table] = {
             Row(ours="vision.patch_weight", theirs=("embeddings.patch_embedding.weight",), transform=PATCH),
             Row(ours="vision.patch_bias", theirs=("embeddings.patch_embedding.bias",)),
             Row(ours="vision.position", theirs=("embeddings.position_embedding.weight",)),
-            *norm("vision.post_norm", "post_layernorm", when=lambda v: v.post_norm),
+            *norm("vision.post_norm", "post_layernorm", when=_normed),
             *_CLIP_BLOCKS,
         ),
         idle=(r"post_layernorm\.(weight|bias)", r"embeddings\.position_ids", r"head\..*"),
@@ -80,7 +86,7 @@ TOWERS: dict[str, Table] = {
             StandIn(theirs="post_layernorm.weight", value=1, like="vision.patch_bias"),
             StandIn(theirs="post_layernorm.bias", value=0, like="vision.patch_bias"),
         ),
-        when_stood_in=lambda v: not v.post_norm,
+        when_stood_in=lambda v: not _normed(v),
     ),
     "internvit": Table(
         rows=(
@@ -92,7 +98,7 @@ TOWERS: dict[str, Table] = {
             ),
             Row(ours="vision.patch_bias", theirs=("embeddings.patch_embeddings.projection.bias",)),
             Row(ours="vision.position", theirs=("embeddings.position_embeddings",), transform=UNSQUEEZED),
-            *norm("vision.post_norm", "layernorm", when=lambda v: v.post_norm),
+            *norm("vision.post_norm", "layernorm", when=_normed),
             *_blocks(
                 "encoder.layer.{layer}",
                 norms=("layernorm_before", "layernorm_after"),
@@ -118,7 +124,7 @@ TOWERS: dict[str, Table] = {
             Row(ours="vision.patch_bias", theirs=("embeddings.patch_embedding.bias",)),
             Row(ours="vision.position", theirs=("embeddings.position_embedding.weight",)),
             *norm("vision.patch_norm", "embeddings.rms_norm"),
-            *norm("vision.post_norm", "rms_norm"),
+            *norm("vision.post_norm", "rms_norm", when=_normed),
             *_blocks(
                 "encoder.layers.{layer}",
                 norms=("rms_norm1", "rms_norm2"),
@@ -127,7 +133,7 @@ TOWERS: dict[str, Table] = {
                 mlp=("ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"),
             ),
         ),
-        idle=(r"embeddings\.position_ids", r"head\..*"),
+        idle=(r"rms_norm\.(weight|bias)", r"embeddings\.position_ids", r"head\..*"),
     ),
     "qwen2_vl": Table(
         rows=(
@@ -159,7 +165,7 @@ TOWERS: dict[str, Table] = {
             Row(ours="vision.patch_weight", theirs=("embeddings.patch_embedding.weight",), transform=PATCH),
             Row(ours="vision.patch_bias", theirs=("embeddings.patch_embedding.bias",)),
             Row(ours="vision.position", theirs=("embeddings.position_embedding",), transform=UNSQUEEZED),
-            *norm("vision.post_norm", "post_layernorm"),
+            *norm("vision.post_norm", "post_layernorm", when=_normed),
             *_blocks(
                 "encoder.layers.{layer}",
                 norms=("layer_norm1", "layer_norm2"),
