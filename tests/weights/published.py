@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ class FakeWords:
 
 
 def published(name: str) -> ModelConfig:
+    return deepcopy(_published(name))
+
+
+@lru_cache
+def _published(name: str) -> ModelConfig:
     return build(compose("train", Config, [f"model={name}"]), Config).model
 
 

@@ -61,7 +61,7 @@ def _vision(cfg: ModelConfig) -> VisionConfig:
         hidden_size=4 * HEAD,
         num_layers=layers,
         num_heads=4,
-        ffn_hidden_size=48,
+        ffn_hidden_size=8 * HEAD,
         window=None if v.window is None else 2 * patch * _factor(cfg),
         full_attention_layers=[1] if v.full_attention_layers else [],
         feature_layer=v.feature_layer if v.feature_layer in (-1, -2) else -1,
