@@ -24,6 +24,38 @@ def rope_positions(lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.tile(_restarting(lengths), (3, 1)))
 
 
+def grid_positions(length: int, spans: Sequence[tuple[int, int, int]]) -> NDArray[np.int64]:
+    """[3, T] (t, y, x), as Qwen2-VL counts: text goes on by one in all three, an image by its rows and columns.
+
+    length=7, spans=[(1, 2, 2)], (start, rows, columns):
+        t  0 1 1 1 1 3 4        text goes on behind the largest position before it
+        y  0 1 1 2 2 3 4
+        x  0 1 2 1 2 3 4
+    """
+    found = np.empty((3, length), dtype=np.int64)
+    at = position = 0
+    for start, rows, columns in [*spans, (length, 0, 0)]:
+        found[:, at:start] = np.arange(position, position + start - at)
+        position, at = position + start - at, start + rows * columns
+        if rows * columns:
+            found[0, start:at] = position
+            found[1, start:at] = position + np.repeat(np.arange(rows), columns)
+            found[2, start:at] = position + np.tile(np.arange(columns), rows)
+            position += max(rows, columns)
+    return found
+
+
+def packed_positions(segments: Sequence[int], own: Sequence[NDArray[np.int64] | None]) -> Tensor:
+    """[3, T] int64: each segment's own positions, where it has some, else three equal rows from 0."""
+    found = np.tile(_restarting(segments), (3, 1))
+    at = 0
+    for length, positions in zip(segments, own, strict=False):
+        if positions is not None:
+            found[:, at : at + length] = positions
+        at += length
+    return torch.from_numpy(found)
+
+
 def _restarting(lengths: Sequence[int]) -> NDArray[np.int64]:
     starts = np.cumsum([0, *lengths[:-1]])
     return np.arange(sum(lengths)) - np.repeat(starts, lengths)
