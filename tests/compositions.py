@@ -183,6 +183,7 @@ def _row(cfg: ModelConfig, images: list[int], seed: int, capacity: int) -> Packe
             patches=torch.cat([none, *patches]),
             grids=torch.tensor(shapes, dtype=torch.int64).view(-1, 2),
             views=torch.ones(len(shapes), dtype=torch.int64),
+            embeddings=torch.tensor([view_tokens(spec, grid) for grid in shapes], dtype=torch.int64),
             slots=torch.tensor(slots, dtype=torch.int64),
             sources=torch.tensor(sources, dtype=torch.int64),
         ),

@@ -6,7 +6,7 @@ import torch
 
 from tests.squares import squares
 from vlm_nemo.data.config import LayoutConfig
-from vlm_nemo.model.batch import tensors
+from vlm_nemo.data.packing import as_tensors
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
@@ -51,7 +51,7 @@ def images(tokens: torch.Tensor, pixels: torch.Tensor) -> Images[torch.Tensor]:
     """[n, 3, 16, 16], in the placeholders' places."""
     found = squares(pixels.numpy(), tokens.tolist(), IMAGE, patch=8)
     assert found is not None
-    return tensors(found)
+    return as_tensors(found)
 
 
 def row(samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], capacity: int) -> PackedBatch:

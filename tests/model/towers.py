@@ -1,7 +1,8 @@
-"""Tiny towers: our configuration of each, transformers' class with random weights, and the weights from one to other."""
+"""Tiny towers: our configuration of each, transformers' class with random weights, and how the weights come over."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,14 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_window_index
+from vlm_nemo.weights.names.rows import Table
+from vlm_nemo.weights.names.towers import TOWERS as NAMES
 
 from vlm_nemo.model.boxes import local_parameters
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.views import Grid
 from vlm_nemo.model.vision import VisionTower, layers_used
-from vlm_nemo.weights.names.rows import Table
-from vlm_nemo.weights.names.towers import TOWERS as NAMES
 from vlm_nemo.weights.transforms import Sizes
 
 PATCH, SQUARE = 4, 20
@@ -76,8 +78,8 @@ def qwen(model: Any, view: Tensor) -> Tensor:
     hook.remove()
     features = kept[0]
     if "2_5" in type(model).__name__:  # its merger sees the order of the windows
-        index, _ = transformers.vision_utils.get_vision_window_index(
-            torch.tensor([[1, rows, columns]]), spatial_merge_size=2, window_size=8 * PATCH // 2, patch_size=PATCH
+        index, _ = get_vision_window_index(
+            torch.tensor([[1, rows, columns]]), spatial_merge_size=2, window_size=4 * PATCH, patch_size=PATCH
         )
         features = features.view(-1, 4, features.shape[1])[torch.argsort(index)].flatten(0, 1)
     return features.view(rows // 2, columns // 2, 2, 2, -1).transpose(1, 2).reshape(rows * columns, -1)
@@ -95,12 +97,8 @@ SIZES = dict(
     num_attention_heads=4,
     intermediate_size=48,
 )
-SIGLIP = dict(
-    class_token=False, patch_bias=True, pre_norm=False, post_norm=True, activation="gelu_tanh", norm_eps=1e-6
-)
-QWEN = dict(
-    class_token=False, pre_norm=False, position="rope", temporal_patch_size=2, feature_layer=-1, norm_eps=1e-6
-)
+SIGLIP = dict(class_token=False, patch_bias=True, pre_norm=False, post_norm=True, activation="gelu_tanh", norm_eps=1e-6)
+QWEN = dict(class_token=False, pre_norm=False, position="rope", temporal_patch_size=2, feature_layer=-1, norm_eps=1e-6)
 
 
 def clip() -> nn.Module:
@@ -117,16 +115,18 @@ def internvit(**given: Any) -> nn.Module:
 
 
 TWINS = {
-    "clip": Twin(
-        config(keep_class_token=True, feature_layer=-2), NAMES["clip"], clip, hidden_state(-2)
-    ),
+    "clip": Twin(config(keep_class_token=True, feature_layer=-2), NAMES["clip"], clip, hidden_state(-2)),
     "clip_patches": Twin(config(feature_layer=-1), NAMES["clip"], clip, lambda m, x: hidden_state(-1)(m, x)[1:]),
     "siglip": Twin(config(**SIGLIP, feature_layer=-1), NAMES["siglip"], siglip, last),
-    "siglip_inner": Twin(config(**SIGLIP, feature_layer=-2), NAMES["siglip"], siglip, hidden_state(-2)),
+    "siglip_inner": Twin(
+        config(**{**SIGLIP, "post_norm": False}, feature_layer=-2), NAMES["siglip"], siglip, hidden_state(-2)
+    ),
     "idefics3": Twin(
         config(**SIGLIP, feature_layer=-1),
         NAMES["siglip"],
-        lambda: Idefics3VisionTransformer(transformers.models.idefics3.configuration_idefics3.Idefics3VisionConfig(**SIZES)),
+        lambda: Idefics3VisionTransformer(
+            transformers.models.idefics3.configuration_idefics3.Idefics3VisionConfig(**SIZES)
+        ),
         plain,
         any_grid=False,
     ),
@@ -163,9 +163,7 @@ TWINS = {
         qwen,
     ),
     "qwen2_5_vl": Twin(
-        config(
-            **QWEN, activation="silu", gated=True, norm="rmsnorm", window=4 * PATCH, full_attention_layers=[1]
-        ),
+        config(**QWEN, activation="silu", gated=True, norm="rmsnorm", window=4 * PATCH, full_attention_layers=[1]),
         NAMES["qwen2_5_vl"],
         lambda: Qwen2_5_VisionTransformerPretrainedModel(
             transformers.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig(
@@ -219,10 +217,11 @@ TWINS = {
 }
 
 
-def random_twin(twin: Twin) -> Any:
+@functools.cache
+def random_twin(name: str) -> Any:
     """transformers' class with weights that leave nothing at zero or one."""
     torch.manual_seed(0)
-    model = twin.build().eval()
+    model = TWINS[name].build().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -65,6 +65,7 @@ class TorchReference:
                 patches=patches,
                 grids=grids,
                 views=torch.ones(len(images), dtype=torch.int64),
+                embeddings=torch.full((len(images),), len(slots) // max(1, len(images))),
                 slots=slots,
                 sources=torch.arange(len(slots)),
             ),

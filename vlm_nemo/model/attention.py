@@ -84,9 +84,9 @@ def packed_attention(
     """
     if window is not None and window >= segments.max_seqlen_q:
         window = None
-    dense = segments.cells is None and len(segments.rectangles) == 1 and window is None
-    varlen = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dense
-    if varlen and (window is None or _varlen_has("window_size")):
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
+    if half and not dense and (window is None or _varlen_has("window_size")):
         out = varlen_attention(q, k, v, segments, scale, window)
     else:
         out = segment_attention(q, k, v, segments, scale, window)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, as `config.normalization` says. x: [..., D] -> [..., D].
 
-    With `config.layernorm_zero_centered_gamma` it is Gemma's: RMSNorm times 1 + weight.
+    With `config.layernorm_zero_centered_gamma` it is Gemma's: RMSNorm times 1 + weight, in fp32.
 
     Under sequence parallelism every tensor rank sees other tokens, so the gradients of weight and bias are partial;
     megatron sums them over the tensor group for parameters that carry `sequence_parallel = True`.

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import bisect
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -123,22 +123,16 @@ def make_segments(
         cells=None if in_order else order,
         cell_of_token=None if in_order else cell_of_token,
         causal=causal,
-        blocks=[] if blocks is None else _samples_of(block_runs(blocks), cu),
+        blocks=[] if blocks is None else block_runs(blocks, cu),
     )
 
 
-def block_runs(blocks: Tensor) -> list[tuple[int, int]]:
-    """[-1 -1 7 7 8 8 -1] -> [(2, 4), (4, 6)]: first token of every block, and the one behind its last."""
+def block_runs(blocks: Tensor, cu: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Of every block: the first token of its sample, its own first token, and the one behind its last.
+
+    ([-1 0 0 1 1 -1], [0 4 6]) -> [(0, 1, 3), (0, 3, 4), (4, 4, 5)]: a number in two samples is two blocks.
+    """
     changes = (blocks[1:] != blocks[:-1]).nonzero().flatten() + 1
-    edges = [0, *changes.tolist(), len(blocks)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if blocks[a] >= 0]
-
-
-def _samples_of(runs: list[tuple[int, int]], cu: list[int]) -> list[tuple[int, int, int]]:
-    """Before each run, the first token of its sample."""
-    found = []
-    for start, end in runs:
-        sample = bisect.bisect_right(cu, start) - 1
-        assert end <= cu[sample + 1], f"tokens {start} to {end - 1} are one block in two samples"
-        found.append((cu[sample], start, end))
-    return found
+    edges = sorted({0, *changes.tolist(), *cu})
+    runs = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if blocks[a] >= 0]
+    return [(cu[bisect.bisect_right(cu, a) - 1], a, b) for a, b in runs]

@@ -31,11 +31,6 @@ def layers_used(cfg: VisionConfig) -> int:
     return used
 
 
-def post_norm_used(cfg: VisionConfig) -> bool:
-    """Whether the last norm is built: it is part of the last hidden state, and of no other."""
-    return cfg.post_norm and layers_used(cfg) == cfg.num_layers
-
-
 class VisionTower(MegatronModule):
     """Views of P patches -> [N, D]. Tensor parallel like the language model; never split over pipeline stages."""
 
@@ -75,7 +70,7 @@ class VisionTower(MegatronModule):
         self.position = parameter(places, width) if cfg.position == "learned" else None
         self.pre_norm = Norm(config, width, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False)
-        self.post_norm = Norm(config, width, cfg.norm_eps) if post_norm_used(cfg) else nn.Identity()
+        self.post_norm = Norm(config, width, cfg.norm_eps) if cfg.post_norm else nn.Identity()
         self.register_buffer("mean", torch.tensor(cfg.mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std) * 255, persistent=False)
 
@@ -140,6 +135,11 @@ def check(cfg: VisionConfig, parallel: ParallelConfig) -> None:
     if cfg.image_size % cfg.patch_size:
         raise UserError(
             f"model.vision.image_size={cfg.image_size} is not a multiple of model.vision.patch_size={cfg.patch_size}"
+        )
+    if cfg.post_norm and layers_used(cfg) < cfg.num_layers:
+        raise UserError(
+            f"model.vision.post_norm is part of the last hidden state, but model.vision.feature_layer="
+            f"{cfg.feature_layer} is an earlier one; set post_norm=false, or feature_layer=-1"
         )
     for key, size in {"num_heads": cfg.num_heads, "ffn_hidden_size": cfg.ffn_hidden_size}.items():
         if size % parallel.tensor:
