@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 
-VOCABULARY = 320
+VOCABULARY = 384
 VISUAL_WORDS = 48
 LAYERS = 4
 """Of the decoder, so that two pipeline stages of two virtual chunks each fit."""
@@ -17,7 +17,7 @@ HEAD = 8
 
 
 def twin(cfg: ModelConfig) -> ModelConfig:
-    """The same structure, shrunk: 4 layers of width 32 in the decoder, 3 of width 16 or 32 in the tower, 320 tokens.
+    """The same structure, shrunk: 4 layers of width 32 in the decoder, 3 of width 16 or 32 in the tower, 384 tokens.
 
     Sizes that a layout counts in (tiles, resolutions, pixels) shrink with the patch.
     """
