@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests import compositions
@@ -16,7 +18,13 @@ REPLICAS = dict(distributed_optimizer=False)
 SPLIT = dict(tensor=2, pipeline=2, sequence=True, distributed_optimizer=False)
 
 
-def train(composition: Composition, layout: dict[str, object]) -> list[float]:
+IMAGES = ((1, 2, 0), (0, 0))
+"""Of each sample of a row, the rows taking turns."""
+
+
+def train(
+    composition: Composition, layout: dict[str, object], images: tuple[tuple[int, ...], ...] = IMAGES
+) -> list[float]:
     """Loss per supervised token of each step, as the whole job sees it."""
     from vlm_nemo.model.batch import model_batch
     from vlm_nemo.model.build import build_model
@@ -33,7 +41,8 @@ def train(composition: Composition, layout: dict[str, object]) -> list[float]:
     optimizer = optim.build_optimizer(rates, parallel, "fp32", model)
     step.prepare_model(model)
     for number in range(1, STEPS + 1):
-        mine = compositions.rows(cfg, ROWS, seed=1000 * number)[ranks.data_rank :: ranks.data]
+        rows = compositions.rows(cfg, ROWS, 1000 * number, capacity=192, images=images)
+        mine = rows[ranks.data_rank :: ranks.data]
         batches = [model_batch(r, cfg, image_token=compositions.IMAGE, device=device.device()) for r in mine]
         optim.set_rates(optimizer, rates, number, STEPS)
         result = step.train_step(model, optimizer, batches, rates.clip_grad)
@@ -76,3 +85,38 @@ def test_compositions_train_alike_whole_and_split() -> None:
         for composition, (whole, split) in zip(drawn, rank, strict=True):
             assert whole == pytest.approx(split, rel=1e-5), str(composition)
             assert len(set(whole)) == STEPS, f"{composition}: the witness itself must move"
+
+
+LLAVA = Composition(tower="siglip", reduction="merge", projector="mlp", language="llama")
+LAYOUT_KINDS = [
+    LLAVA,
+    replace(LLAVA, layout="anyres", reduction="none", projector="mlp_newline"),
+    replace(LLAVA, layout="tiles", tower="intern_vit", reduction="pixel_shuffle", projector="norm_mlp"),
+    replace(LLAVA, layout="ovis", tower="aimv2", reduction="hidden_stride", projector="visual_vocabulary"),
+    replace(LLAVA, layout="rows", reduction="pixel_shuffle", projector="linear"),
+    replace(LLAVA, layout="native", tower="qwen25_vit", language="qwen2_vl"),
+]
+"""One of each kind of layout, with the parts that come with it."""
+TEXT_ONLY = ((0, 0), (0, 0, 0))
+MIXED = ((0, 0), (1, 1, 0))
+
+
+def mix(drawn: list[Composition], images: tuple[tuple[int, ...], ...]) -> list[tuple[list[float], list[float]]]:
+    """Whole: two rows on each of two replicas; split: over two tensor ranks with all four."""
+    from vlm_nemo.runtime import device, groups
+
+    found = []
+    with device.adapter():
+        groups.start(ParallelConfig(), seed=0)
+        for composition in drawn:
+            whole = train(composition, REPLICAS, images)
+            found.append((whole, train(composition, dict(tensor=2, distributed_optimizer=False), images)))
+    return found
+
+
+@pytest.mark.parametrize("images", [TEXT_ONLY, MIXED], ids=["text only", "with and without images"])
+def test_text_and_images_train_together_under_every_layout(images: tuple[tuple[int, ...], ...]) -> None:
+    """Rank 0's rows have no image, rank 1's have some, or none of them has: all run the same collectives."""
+    for rank in run_ranks(mix, 2, LAYOUT_KINDS, images):
+        for composition, (whole, split) in zip(LAYOUT_KINDS, rank, strict=True):
+            assert whole == pytest.approx(split, rel=1e-5), str(composition)
