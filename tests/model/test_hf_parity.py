@@ -10,10 +10,9 @@ from tests import tiny
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import output_tokens
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.weights import llava
+from vlm_nemo.weights.tables import naming_of
 
 
 def llava_twin(cfg: ModelConfig) -> torch.nn.Module:
@@ -53,21 +52,22 @@ def llava_twin(cfg: ModelConfig) -> torch.nn.Module:
 
 def copy_weights(hf: torch.nn.Module, ours: torch.nn.Module, cfg: ModelConfig) -> None:
     """Through the table that `convert` uses: this test is what holds it to transformers' forward."""
-    theirs = {llava.hub_name(name, "llava"): tensor for name, tensor in hf.state_dict().items()}
-    table = {entry.ours: entry for entry in llava.entries(cfg)}
+    naming = naming_of(cfg)
+    theirs = {naming.understood(name): tensor for name, tensor in hf.state_dict().items()}
+    table = {entry.ours: entry for entry in naming.entries(cfg)}
     parameters = dict(ours.named_parameters())
     assert set(parameters) == set(table), set(parameters) ^ set(table)
     with torch.no_grad():
         for name, parameter in parameters.items():
             entry = table[name]
-            parameter.copy_(entry.transform.join([theirs[hub] for hub in entry.hub], entry.sizes))
+            parameter.copy_(entry.transform.join([theirs[entry.part, name] for name in entry.theirs], entry.sizes))
 
 
 @pytest.mark.parametrize("keep_class_token", [False, True])
 def test_logits_and_loss_equal_transformers(keep_class_token: bool) -> None:
     cfg = tiny.tiny_model()
     cfg.vision.keep_class_token = keep_class_token
-    per_image = output_tokens(cfg.vision)
+    per_image = 4 + keep_class_token
     hf = llava_twin(cfg)
     samples = []
     for seed, (length, images) in enumerate([(14, 1), (23, 2), (9, 0)]):
@@ -84,13 +84,11 @@ def test_logits_and_loss_equal_transformers(keep_class_token: bool) -> None:
         groups.start(ParallelConfig(), seed=0)
         (ours,) = build_model(cfg, ParallelConfig(), "fp32", seed=1)
         copy_weights(hf, ours, cfg)
-        batch = model_batch(
-            packed, image_token=tiny.IMAGE, tokens_per_image=per_image, image_size=16, device=device.device()
-        )
+        batch = model_batch(packed, cfg, image_token=tiny.IMAGE, device=device.device())
         logits = ours(batch, gather_logits=True)[0]
         losses = ours(batch)[0]
         start = 0
-        mean, std = ours.vision.mean, ours.vision.std
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (cfg.vision.mean, cfg.vision.std))
         for tokens, labels, pixels in samples:
             values = (pixels.float() - mean) / std if len(pixels) else None
             theirs = hf(input_ids=tokens[None], pixel_values=values).logits[0]

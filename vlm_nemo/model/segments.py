@@ -6,13 +6,20 @@ as a few rectangles, one sample a row, so that ordinary causal attention runs on
     cu = [0, 3, 7, 11]    lengths 3, 4, 4
     one rectangle of 3 x 4    [0 1 2 .] [3 4 5 6] [7 8 9 10]      '.' is a cell without a token
 
-Lengths within a factor of two share a rectangle, so less than half of it is empty.
+Lengths within a factor of two share a rectangle, so less than half of it is empty. Behind a sample's own tokens the
+causal mask hides those cells; without it (a vision tower's views and windows) only equal lengths share a rectangle.
+
+Where the tokens of an image see one another (Gemma 3), each such block of tokens attends once more, to all of its
+sample up to the block's end: no mask is needed for that either.
+
+    sample of 6, tokens 2 to 4 an image      0 1 [2 3 4] 5      2, 3 and 4 see 0 to 4; 5 sees 0 to 5
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,24 +34,58 @@ class Segments(PackedSeqParams):
     rectangles: list[tuple[int, int]] = field(default_factory=list)
     """rows and length of each; their cells follow one another in `cells`"""
     cells: Tensor | None = None
-    """[C] int64: the token of every cell, 0 where there is none"""
+    """[C] int64: the token of every cell, 0 where there is none; None where the cells are the tokens in their order"""
     cell_of_token: Tensor | None = None
-    """[T] int64: the cell of every token"""
+    """[T] int64: the cell of every token; None with `cells`"""
+    causal: bool = True
+    """Whether a token sees only those before it in its segment, or all of it."""
+    windows: Segments | None = None
+    """What layers with a window see instead (a vision tower's windows); None: the same"""
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of every block: the first token of its sample, its own first token, and the one behind its last"""
+    masks: dict[tuple[int, int, int, bool], Tensor] = field(default_factory=dict)
+    """Made by `stripe_mask` when first asked for, and shared by all layers"""
+
+    def stripe_mask(self, queries: int, before: int, window: int, causal: bool, like: Tensor) -> Tensor:
+        """[queries, before + queries] of like's dtype, to be added to scores: 0 where a query may look, else -inf.
+
+        Queries stand behind `before` keys of their sample; each sees `window` tokens, itself included, and those
+        behind it unless causal:
+
+            queries 2, before 3, window 3, causal       . 0 0 0 .
+                                                        . . 0 0 0
+        """
+        key = (queries, before, window, causal)
+        if key not in self.masks:
+            back = torch.arange(before, before + queries, device=like.device)[:, None] - torch.arange(
+                before + queries, device=like.device
+            )
+            hidden = (back >= window) | (back < 0) if causal else back >= window
+            self.masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                hidden, float("-inf")
+            )
+        return self.masks[key]
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """The same, every tensor through `move`."""
-        assert self.cells is not None and self.cell_of_token is not None
         moved = copy.copy(self)
+        moved.masks = {}
         moved.cu_seqlens_q = moved.cu_seqlens_kv = move(self.cu_seqlens_q)
-        moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
+        if self.cells is not None and self.cell_of_token is not None:
+            moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
+        moved.windows = self.windows.moved(move) if self.windows is not None else None
         return moved
 
 
-def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
+def make_segments(
+    cu_seqlens: Tensor, used_tokens: int, *, causal: bool = True, blocks: Tensor | None = None
+) -> Segments:
     """Lay out a packed row.
 
     cu_seqlens: [S+1] int32 from 0 to T; used_tokens: where the padding starts. The padding is cut into pieces no
     longer than the longest sample, so that a nearly empty row costs no more attention than a full one.
+    causal=False: attention inside each segment is full. blocks: [T], equal numbers >= 0 where neighbouring tokens see
+    one another, -1 elsewhere.
     """
     cu = [int(c) for c in cu_seqlens.tolist()]
     total = cu[-1]
@@ -55,7 +96,7 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
 
     lengths = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
     starts = torch.tensor(bounds[:-1])
-    bucket = torch.ceil(torch.log2(lengths.float())).long()
+    bucket = torch.ceil(torch.log2(lengths.float())).long() if causal else lengths
     rectangles, cells, cell_of_token, offset = [], [], torch.empty(total, dtype=torch.int64), 0
     for b in bucket.unique().tolist():
         rows = (bucket == b).nonzero().flatten()
@@ -67,6 +108,8 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
         cells.append(torch.where(inside, tokens, 0).flatten())
         cell_of_token[tokens[inside]] = offset + inside.flatten().nonzero().flatten()
         offset += tokens.numel()
+    order = torch.cat(cells)
+    in_order = len(order) == total and bool((order == torch.arange(total)).all())  # segments of one length
     cu_out = torch.tensor(bounds, dtype=torch.int32)
     # "sbhd": megatron must keep the row as [T, 1, ...] and apply the rotary table row by row; its own "thd" path
     # reads cu_seqlens back to the host in every layer.
@@ -77,6 +120,19 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         rectangles=rectangles,
-        cells=torch.cat(cells),
-        cell_of_token=cell_of_token,
+        cells=None if in_order else order,
+        cell_of_token=None if in_order else cell_of_token,
+        causal=causal,
+        blocks=[] if blocks is None else block_runs(blocks, cu),
     )
+
+
+def block_runs(blocks: Tensor, cu: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Of every block: the first token of its sample, its own first token, and the one behind its last.
+
+    ([-1 0 0 1 1 -1], [0 4 6]) -> [(0, 1, 3), (0, 3, 4), (4, 4, 5)]: a number in two samples is two blocks.
+    """
+    changes = (blocks[1:] != blocks[:-1]).nonzero().flatten() + 1
+    edges = sorted({0, *changes.tolist(), *cu})
+    runs = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if blocks[a] >= 0]
+    return [(cu[bisect.bisect_right(cu, a) - 1], a, b) for a, b in runs]

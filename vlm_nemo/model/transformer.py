@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -17,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
@@ -25,7 +32,12 @@ from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 
 
 def transformer_config(
@@ -84,17 +96,34 @@ def transformer_config(
     return TransformerConfig(**decided, **(extra or {}))
 
 
-def block_spec(num_layers: int, mask: AttnMaskType) -> TransformerBlockSubmodules:
-    """Pre-norm layers: norm, attention, residual, norm, MLP, residual. num_layers is this stage's own number."""
+def block_spec(
+    num_layers: int,
+    mask: AttnMaskType,
+    *,
+    module: type[TransformerLayer] = TransformerLayer,
+    params: Mapping[str, Any] | None = None,
+    head_norm: bool = False,
+) -> TransformerBlockSubmodules:
+    """Pre-norm layers: norm, attention, residual, norm, MLP, residual. num_layers is this stage's own number.
+
+    module, params: a layer of another kind, with these arguments more. head_norm: norms of every head's queries and
+    keys.
+    """
+    norm = Norm if head_norm else None
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=module,
+        params=dict(params or {}),
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=norm,
+                    k_layernorm=norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -109,3 +138,9 @@ def block_spec(num_layers: int, mask: AttnMaskType) -> TransformerBlockSubmodule
 def mlp_spec() -> MLPSubmodules:
     """Column-parallel then row-parallel: one all-reduce over the tensor group."""
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over the tensor group of what each rank has, where each goes on with its own use of it: every rank's use
+    then sends gradient to every rank's part."""
+    return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(x.contiguous()))
