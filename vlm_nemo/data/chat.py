@@ -12,7 +12,7 @@ is the exact beginning of what was trained on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +41,11 @@ class Template:
     """Text before the first turn; a message with role system takes its place."""
     system_start: str = ""
     system_end: str = ""
+    system_in_turn: bool = False
+    """The system's text stands behind the first user_start (Gemma)."""
     user_start: str = ""
+    user_lead: str = ""
+    """Put before what a user says where it starts with words, not with an image."""
     user_end: str = ""
     assistant_start: str = ""
     assistant_lead: str = ""
@@ -52,7 +56,20 @@ class Template:
     """Behind that token where another turn follows."""
     bos: bool = True
     """Whether the tokenizer's bos, if it has one, opens a conversation."""
+    images_first: bool = False
+    """Images at the beginning of the first turn stand before everything, bos included (BLIP-2)."""
 
+
+_CHATML = Template(
+    system_start="<|im_start|>system\n",
+    system_end="<|im_end|>\n",
+    user_start="<|im_start|>user\n",
+    user_end="<|im_end|>\n",
+    assistant_start="<|im_start|>assistant\n",
+    assistant_end="<|im_end|>",
+    between="\n",
+    bos=False,
+)
 
 TEMPLATES: dict[str, Template] = {
     # LLaVA-1.5: "A chat … USER: <image>\nQuestion ASSISTANT: Answer</s>USER: …"
@@ -71,6 +88,70 @@ TEMPLATES: dict[str, Template] = {
     "plain": Template(),
     # For tiny models: question, newline, answer
     "short": Template(user_end="\n"),
+    # LLaVA-NeXT on Mistral: "[INST] <image>\nQuestion [/INST] Answer</s> [INST] …"
+    "mistral": Template(
+        system_start="<<SYS>>\n",
+        system_end="\n<</SYS>>\n\n",
+        user_start="[INST] ",
+        user_end=" [/INST]",
+        assistant_lead=" ",
+        between=" ",
+    ),
+    # LLaVA-NeXT on Llama 3, Llama 3.2 Vision
+    "llama3": Template(
+        system_start="<|start_header_id|>system<|end_header_id|>\n\n",
+        system_end="<|eot_id|>",
+        user_start="<|start_header_id|>user<|end_header_id|>\n\n",
+        user_end="<|eot_id|>",
+        assistant_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        assistant_end="<|eot_id|>",
+    ),
+    # InternVL
+    "chatml": _CHATML,
+    # Qwen2-VL, Qwen2.5-VL, Ovis2
+    "qwen": replace(_CHATML, system="You are a helpful assistant."),
+    # LLaVA-OneVision: "<|im_start|>user <image>\nQuestion<|im_end|><|im_start|>assistant\n"
+    "onevision": Template(
+        system_start="<|im_start|>system \n",
+        system_end="<|im_end|>",
+        user_start="<|im_start|>user ",
+        user_lead="\n",
+        user_end="<|im_end|>",
+        assistant_start="<|im_start|>assistant\n",
+        assistant_end="<|im_end|>",
+        bos=False,
+    ),
+    # Gemma 3
+    "gemma": Template(
+        system_end="\n\n",
+        system_in_turn=True,
+        user_start="<start_of_turn>user\n",
+        user_end="<end_of_turn>\n",
+        assistant_start="<start_of_turn>model\n",
+        assistant_end="<end_of_turn>",
+        between="\n",
+    ),
+    # Idefics3, SmolVLM: "User:<image>Question<end_of_utterance>\nAssistant: Answer<end_of_utterance>"
+    "idefics3": Template(
+        system_start="System: ",
+        system_end="<end_of_utterance>\n",
+        user_start="User:",
+        user_lead=" ",
+        user_end="<end_of_utterance>\n",
+        assistant_start="Assistant:",
+        assistant_lead=" ",
+        assistant_end="<end_of_utterance>",
+        between="\n",
+    ),
+    # BLIP-2: the image, then "Question: … Answer: …"
+    "blip2": Template(
+        system_end=" ",
+        user_start="Question: ",
+        user_end=" ",
+        assistant_start="Answer:",
+        assistant_lead=" ",
+        images_first=True,
+    ),
 }
 
 
@@ -167,16 +248,19 @@ class _Piece(NamedTuple):
 
 
 def _pieces(messages: Sequence[Message], template: Template) -> Iterator[_Piece]:
-    system = template.system
-    ours = True
+    system, ours = template.system, True
     if messages[0]["role"] == "system":
         system, messages, ours = messages[0]["content"], messages[1:], False
-    unspoken: list[tuple[str, bool]] = []
-    if system:
-        unspoken += [(template.system_start, True), (system, ours), (template.system_end, True)]
-    for message in messages:
+    said = [(template.system_start, True), (system, ours), (template.system_end, True)] if system else []
+    unspoken = [] if template.system_in_turn else said
+    for i, message in enumerate(messages):
         if message["role"] == "user":
-            unspoken += [(template.user_start, True), (message["content"], False), (template.user_end, True)]
+            unspoken.append((template.user_start, True))
+            if i == 0 and template.system_in_turn:
+                unspoken += said
+            if not message["content"].startswith(IMAGE_MARKER):
+                unspoken.append((template.user_lead, True))
+            unspoken += [(message["content"], False), (template.user_end, True)]
         else:
             yield _Piece([*unspoken, (template.assistant_start, True)], False)
             yield _Piece([(template.assistant_lead, True), (message["content"].strip(), False)], True)
@@ -260,6 +344,10 @@ def _encode(
 ) -> EncodedText:
     check_images(messages, len(images))
     writer, plans = _Writer(tokenizer), iter(images)
+    if template.images_first:
+        leading, messages = _leading_images(messages)
+        for _ in range(leading):
+            _write_image(writer, next(plans), tokenizer, False)
     if template.bos and tokenizer.bos_id is not None:
         writer.special(tokenizer.bos_id, False)
     pieces = list(_pieces(messages, template))
@@ -272,16 +360,31 @@ def _encode(
                 continue
             for i, text in enumerate(segment.split(IMAGE_MARKER)):
                 if i:
-                    plan = next(plans)
-                    _write_ours(writer, plan.before, tokenizer, supervised)
-                    writer.flush(supervised)
-                    writer.image(plan)
-                    _write_ours(writer, plan.after, tokenizer, supervised)
+                    _write_image(writer, next(plans), tokenizer, supervised)
                 writer.text(text)
         writer.flush(supervised)
         if supervised:
             writer.special(end_id(tokenizer, template), True)
     return writer.done()
+
+
+def _leading_images(messages: Sequence[Message]) -> tuple[int, list[Message]]:
+    """How many images the first user's turn starts with, and the messages without them (and the line end behind)."""
+    kept = list(messages)
+    first = 1 if kept[0]["role"] == "system" else 0
+    rest, count = kept[first]["content"], 0
+    while rest.startswith(IMAGE_MARKER):
+        rest, count = rest[len(IMAGE_MARKER) :].lstrip("\n"), count + 1
+    kept[first] = {"role": kept[first]["role"], "content": rest}
+    return count, kept
+
+
+def _write_image(writer: _Writer, plan: ImagePlan, tokenizer: Tokenizer, supervised: bool) -> None:
+    """An image with the text before and behind it, which joins its neighbours."""
+    _write_ours(writer, plan.before, tokenizer, supervised)
+    writer.flush(supervised)
+    writer.image(plan)
+    _write_ours(writer, plan.after, tokenizer, supervised)
 
 
 def _write_ours(writer: _Writer, text: str, tokenizer: Tokenizer, supervised: bool) -> None:

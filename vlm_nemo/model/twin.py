@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 
-VOCABULARY = 320
+VOCABULARY = 384
 VISUAL_WORDS = 48
 LAYERS = 4
 """Of the decoder, so that two pipeline stages of two virtual chunks each fit."""
@@ -17,7 +17,7 @@ HEAD = 8
 
 
 def twin(cfg: ModelConfig) -> ModelConfig:
-    """The same structure, shrunk: 4 layers of width 32 in the decoder, 3 of width 16 or 32 in the tower, 320 tokens.
+    """The same structure, shrunk: 4 layers of width 32 in the decoder, 3 of width 16 or 32 in the tower, 384 tokens.
 
     Sizes that a layout counts in (tiles, resolutions, pixels) shrink with the patch.
     """
@@ -61,7 +61,7 @@ def _vision(cfg: ModelConfig) -> VisionConfig:
         hidden_size=4 * HEAD,
         num_layers=layers,
         num_heads=4,
-        ffn_hidden_size=48,
+        ffn_hidden_size=8 * HEAD,
         window=None if v.window is None else 2 * patch * _factor(cfg),
         full_attention_layers=[1] if v.full_attention_layers else [],
         feature_layer=v.feature_layer if v.feature_layer in (-1, -2) else -1,

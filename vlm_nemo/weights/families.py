@@ -134,6 +134,12 @@ class Family:
     """Name in names.projectors.PROJECTORS."""
     template: str
     """In data.chat.TEMPLATES: what is taken where a folder has somebody else's chat template."""
+    image_text: str = "<image>\n"
+    """What stands for an image in a chat template, until the processor puts placeholders there."""
+    images_first: bool = True
+    """Whether a turn's images come before its text, as in LLaVA's templates; otherwise they stay where they are."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens that the processor asks the tokenizer for by role."""
     read: Callable[[str, Mapping[str, Any], str], ModelConfig]
     """(family, config.json, its path) -> ours"""
     write: Callable[[str, ModelConfig, Words], dict[str, Any]]
@@ -192,11 +198,12 @@ FAMILIES: dict[str, Family] = {
         processor="LlavaOnevisionProcessor",
         image_processor="LlavaOnevisionImageProcessor",
         prefixes=PREFIXES["llava_next"],
-        template="qwen",
+        template="onevision",
         layout={"kind": "anyres"},
         projection={"newline": True},
         projection_free=_MLP_FREE,
         **_CLIP_LIKE,  # type: ignore[arg-type]
+        tokens={"image_token": "<image>", "video_token": "<video>"},
     ),
     "internvl": Family(
         architecture="InternVLForConditionalGeneration",
@@ -207,7 +214,7 @@ FAMILIES: dict[str, Family] = {
         towers=("internvit",),
         languages=internvl.LANGUAGES,
         projector="internvl",
-        template="internvl",
+        template="chatml",
         read=internvl.read,
         write=internvl.write,
         vision={"keep_class_token": False},
@@ -215,6 +222,13 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "pixel_shuffle"},
         projection=internvl.PROJECTOR,
         tied=True,
+        image_text="<IMG_CONTEXT>\n",
+        tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
     ),
     "qwen2_vl": Family(
         architecture="Qwen2VLForConditionalGeneration",
@@ -233,6 +247,9 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "merge"},
         projection={"norm": "layernorm", "norm_place": "patch", "norm_eps": 1e-6},
         projection_free=frozenset({"hidden_size"}),
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
+        images_first=False,
+        tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     ),
     "qwen2_5_vl": Family(
         architecture="Qwen2_5_VLForConditionalGeneration",
@@ -251,6 +268,9 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "merge"},
         projection={"norm": "rmsnorm", "norm_place": "patch", "norm_eps": 1e-6},
         projection_free=frozenset({"hidden_size"}),
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
+        images_first=False,
+        tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     ),
     "ovis2": Family(
         architecture="Ovis2ForConditionalGeneration",
@@ -291,6 +311,13 @@ FAMILIES: dict[str, Family] = {
         projection_free=frozenset({"norm_eps"}),
         language={"image_attention": "bidirectional"},
         tied=True,
+        image_text="<start_of_image>",
+        images_first=False,
+        tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
     ),
     "idefics3": Family(
         architecture="Idefics3ForConditionalGeneration",
@@ -309,6 +336,8 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "pixel_shuffle"},
         projection=idefics.PROJECTOR,
         tower_variant="idefics3",
+        image_text="<image>",
+        images_first=False,
     ),
     "smolvlm": Family(
         architecture="SmolVLMForConditionalGeneration",
@@ -319,7 +348,7 @@ FAMILIES: dict[str, Family] = {
         towers=("siglip",),
         languages=idefics.LANGUAGES,
         projector="idefics3",
-        template="smolvlm",
+        template="idefics3",
         read=idefics.read,
         write=idefics.write,
         vision={"feature_layer": -1, "post_norm": True},
@@ -327,6 +356,8 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "pixel_shuffle"},
         projection=idefics.PROJECTOR,
         tower_variant="smolvlm",
+        image_text="<image>",
+        images_first=False,
     ),
     "blip2": Family(
         architecture="Blip2ForConditionalGeneration",
@@ -354,6 +385,7 @@ FAMILIES: dict[str, Family] = {
                 "cross_attention_every",
             }
         ),
+        image_text="<image>",
     ),
 }
 """By ModelConfig.family."""

@@ -28,7 +28,8 @@ COMMON: dict[str, Any] = {"image_mean": MEAN, "image_std": STD}
 
 
 def spec(layout: LayoutConfig, **changes: Any) -> ImageSpec:
-    return image_spec(layout, **({"size": SIDE, "patch": PATCH, "mean": MEAN} | changes))
+    sizes: dict[str, Any] = {"size": SIDE, "patch": PATCH, "mean": MEAN}
+    return image_spec(layout, **(sizes | changes))
 
 
 def views(data: bytes, of: ImageSpec, resize: Any = pil_resize) -> list[NDArray[Any]]:

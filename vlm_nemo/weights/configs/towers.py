@@ -248,6 +248,8 @@ def tower_of(given: Mapping[str, Any], allowed: Sequence[str]) -> str:
 def fitting_tower(cfg: VisionConfig, allowed: Sequence[str]) -> tuple[str, list[tuple[str, Any, Any]]]:
     """Of the towers allowed the one that a model's is, and where it still differs: the least of them."""
     found = [(name, misfits(FORMS[name], cfg)) for name in allowed]
+    if "qwen2_vl" in allowed and cfg.ffn_hidden_size % cfg.hidden_size:  # config.json has their ratio
+        dict(found)["qwen2_vl"].append(("ffn_hidden_size", cfg.ffn_hidden_size, f"multiples of {cfg.hidden_size}"))
     return min(found, key=lambda pair: len(pair[1]))
 
 
