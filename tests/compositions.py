@@ -37,7 +37,13 @@ TOWERS: dict[str, Part] = {
     ),
     "intern_vit": dict(patch_bias=True, activation="gelu", pre_norm=False, layer_scale=0.1, feature_layer=-1),
     "intern_vit_6b": dict(
-        norm="rmsnorm", qkv_bias=False, qk_norm=True, pre_norm=False, layer_scale=0.1, feature_layer=-1, activation="gelu"
+        norm="rmsnorm",
+        qkv_bias=False,
+        qk_norm=True,
+        pre_norm=False,
+        layer_scale=0.1,
+        feature_layer=-1,
+        activation="gelu",
     ),
     "qwen2_vit": dict(position="rope", temporal_patch_size=2, class_token=False, pre_norm=False, feature_layer=-1),
     "qwen25_vit": dict(position="rope", temporal_patch_size=2, window=16, full_attention_layers=[2], **RMS),

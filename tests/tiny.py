@@ -18,9 +18,7 @@ def tiny_model(**language: object) -> ModelConfig:
     """Four language layers (so that pipeline x virtual = 4 fits), four heads, images of four patches."""
     return ModelConfig(
         layout=LayoutConfig(aspect="squash"),
-        vision=VisionConfig(
-            image_size=16, patch_size=8, hidden_size=16, num_layers=3, num_heads=4, ffn_hidden_size=32
-        ),
+        vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, num_layers=3, num_heads=4, ffn_hidden_size=32),
         projector=ProjectorConfig(),
         language=LanguageConfig(
             vocab_size=64,

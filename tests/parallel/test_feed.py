@@ -83,10 +83,7 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
         for number in range(1, STEPS + 1):
             data = feed.next()
             assert feed.wait_s > 0 and len(data.batches) == 8 // ranks.data // micro
-            batches = [
-                model_batch(b, image_token=image, tokens_per_image=4, image_size=16, device=device.device())
-                for b in data.batches
-            ]
+            batches = [model_batch(b, cfg, image_token=image, device=device.device()) for b in data.batches]
             optim.set_rates(optimizer, rates, number, STEPS)
             result = step.train_step(model, optimizer, batches, rates.clip_grad)
             speaks = ranks.last_stage and ranks.tensor_rank == 0

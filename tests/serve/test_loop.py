@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.squares import squares
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.engine import Event
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.serve.loop import EngineLoop, Full, Gone
 from vlm_nemo.serve.turns import Commands, follow
 from vlm_nemo.types import UserError
-
-from tests.squares import squares
 
 from .parrot import PER_IMAGE, Parrot, make_model, until
 

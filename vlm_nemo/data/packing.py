@@ -193,8 +193,8 @@ def pack_batch(samples: Sequence[EncodedSample], capacity: int, pad_id: int, pat
     return PackedBatch(
         tokens=torch.tensor(tokens),
         labels=torch.tensor(labels),
-        positions=packed_positions(segments, [sample.positions for sample in samples]),
-        cu_seqlens=cumulative(segments),
+        positions=torch.from_numpy(packed_positions(segments, [sample.positions for sample in samples])),
+        cu_seqlens=torch.from_numpy(cumulative(segments)),
         images=as_tensors(images),
         samples=len(samples),
         used_tokens=used,

@@ -1,6 +1,6 @@
 """Position ids of packed rows. Pure.
 
-NumPy inside: threads call it, and each thread that runs a larger operation of PyTorch starts a team of OpenMP threads,
+NumPy: a server of exported models has no torch; threads call it, and each thread that runs a larger operation of PyTorch starts a team of OpenMP threads,
 which spin when they are done; more CPU went into that than into decoding.
 """
 
@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 
-def segment_positions(lengths: Sequence[int]) -> Tensor:
+def segment_positions(lengths: Sequence[int]) -> NDArray[np.int64]:
     """[3, 2] -> [0 1 2 0 1], int64: positions restart in every segment."""
-    return torch.from_numpy(_restarting(lengths))
+    return _restarting(lengths)
 
 
-def rope_positions(lengths: Sequence[int]) -> Tensor:
+def rope_positions(lengths: Sequence[int]) -> NDArray[np.int64]:
     """[3, T] int64: three equal rows (t, y, x), as plain RoPE needs them where M-RoPE is computed."""
-    return torch.from_numpy(np.tile(_restarting(lengths), (3, 1)))
+    return np.tile(_restarting(lengths), (3, 1))
 
 
 def grid_positions(length: int, spans: Sequence[tuple[int, int, int]]) -> NDArray[np.int64]:
@@ -45,7 +43,7 @@ def grid_positions(length: int, spans: Sequence[tuple[int, int, int]]) -> NDArra
     return found
 
 
-def packed_positions(segments: Sequence[int], own: Sequence[NDArray[np.int64] | None]) -> Tensor:
+def packed_positions(segments: Sequence[int], own: Sequence[NDArray[np.int64] | None]) -> NDArray[np.int64]:
     """[3, T] int64: each segment's own positions, where it has some, else three equal rows from 0."""
     found = np.tile(_restarting(segments), (3, 1))
     at = 0
@@ -53,7 +51,7 @@ def packed_positions(segments: Sequence[int], own: Sequence[NDArray[np.int64] | 
         if positions is not None:
             found[:, at : at + length] = positions
         at += length
-    return torch.from_numpy(found)
+    return found
 
 
 def _restarting(lengths: Sequence[int]) -> NDArray[np.int64]:
@@ -61,6 +59,6 @@ def _restarting(lengths: Sequence[int]) -> NDArray[np.int64]:
     return np.arange(sum(lengths)) - np.repeat(starts, lengths)
 
 
-def cumulative(lengths: Sequence[int]) -> Tensor:
+def cumulative(lengths: Sequence[int]) -> NDArray[np.int32]:
     """[3, 4, 1] -> [0 3 7 8], int32."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return np.cumsum([0, *lengths], dtype=np.int32)

@@ -93,7 +93,8 @@ class Engine:
     ) -> None:
         """prefill_tokens: of new prompts in one step, though always at least one prompt. image_limit: a prompt.
 
-        ends: ids that end an answer; None = the tokenizer's eos. entropy: seeds the answers that have no seed; it must give the same numbers on every rank.
+        ends: ids that end an answer; None = the tokenizer's eos. entropy: seeds the answers that have no seed; it must
+        give the same numbers on every rank.
         """
         self.backend = backend
         self.tokenizer = tokenizer

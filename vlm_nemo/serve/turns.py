@@ -74,9 +74,7 @@ class Turns:
 
     def _add(self, work: Work) -> Event | None:
         count = 0 if work.images is None else work.images.count
-        prompt = Prompt(
-            tokens=work.tokens, images=lambda: work.images, image_count=count, positions=work.positions
-        )
+        prompt = Prompt(tokens=work.tokens, images=lambda: work.images, image_count=count, positions=work.positions)
         try:
             self._tickets[self.engine.add(prompt, work.params)] = work.ticket
         except UserError as error:

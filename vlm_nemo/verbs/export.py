@@ -25,9 +25,9 @@ from vlm_nemo.train import checkpoint
 from vlm_nemo.train.origin import check_vocabulary, checkpoint_config, model_config
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
-from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
 from vlm_nemo.weights.config import check_exportable, hf_config_of, model_config_of
 from vlm_nemo.weights.families import FAMILIES
+from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
 from vlm_nemo.weights.preprocessing import preprocessor_config
 from vlm_nemo.weights.shards import write_json
 from vlm_nemo.weights.words import export_tokenizer, import_tokenizer, template_of
@@ -113,14 +113,13 @@ def _from_hf(cfg: ExportConfig, precision: str, opened: ExitStack) -> Source:
         raise UserError(f"template={cfg.template} is unknown{hint}")
     model = model_config_of(folder)
     check_covered(model)
-    naming = folder.naming(model)
     words = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
     import_tokenizer(folder.path, words)
     tokenizer = Tokenizer(words)
     template = (template_of(folder.path) or FAMILIES[model.family].template) if cfg.template == "auto" else cfg.template
 
     def tensors() -> Iterator[tuple[str, Any]]:
-        return ((naming.spelled(*name), folder.tensor(name)) for name in folder.names())
+        return folder.hub_tensors(model)
 
     def load(chunks: list[nn.Module]) -> None:
         load_hf_weights(folder, chunks)
