@@ -385,7 +385,7 @@ FAMILIES: dict[str, Family] = {
                 "cross_attention_every",
             }
         ),
-        image_text="<image>",
+        image_text="",
     ),
 }
 """By ModelConfig.family."""

@@ -1,4 +1,4 @@
-"""The language's files: a tokenizer that has the tokens we need, and our template as a chat template of jinja."""
+"""The language's files: a tokenizer that has the tokens we need, and a chat template beside it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vlm_nemo.data.tokenizer import KEPT, NEEDED, Tokenizer
 from vlm_nemo.types import IMAGE_MARKER, UserError
 from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.hf import read_json
+from vlm_nemo.weights.jinja import jinja
 
 CHAT_TEMPLATE = "chat_template.jinja"
 PAD = "<pad>"
@@ -134,63 +135,6 @@ def template_of(folder: Path) -> str | None:
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     marks = dict.fromkeys(_marks(family) for family in FAMILIES)
     return next((name for name, t in TEMPLATES.items() for mark in marks if jinja(t, *mark) == text), None)
-
-
-def jinja(template: Template, image: str = IMAGE_MARKER + "\n", images_first: bool = True) -> str:
-    """A template in the language of Hugging Face's chat templates: the text that training saw, from bos to eos.
-
-    Contents are text, or lists of {"type": "text" | "image"}. image: what stands for one, until the family's processor
-    puts its placeholders there. images_first: a turn's images come before its text, as LLaVA has them; otherwise they
-    stay where they are. `add_generation_prompt` ends where the assistant starts to speak.
-    """
-    t = template
-    if images_first:
-        items = (
-            "{%- for item in content if item['type'] == 'image' -%}{{- " + _quoted(image) + " -}}{%- endfor -%}"
-            "{%- for item in content if item['type'] == 'text' -%}{{- item['text'] -}}{%- endfor -%}"
-        )
-    else:
-        items = (
-            "{%- for item in content -%}{%- if item['type'] == 'image' -%}{{- " + _quoted(image) + " -}}"
-            "{%- elif item['type'] == 'text' -%}{{- item['text'] -}}{%- endif -%}{%- endfor -%}"
-        )
-    mark = image.strip("\n")
-    said = "content" if mark == IMAGE_MARKER else f"content | replace({_quoted(IMAGE_MARKER)}, {_quoted(mark)})"
-    opened = "{{- bos_token -}}" if t.bos else ""
-    between = ""
-    if t.between:
-        between = "{%- if not loop.first and message['role'] == 'user' -%}{{- " + _quoted(t.between) + " -}}{%- endif -%}"
-    own = t.system_start + t.system + t.system_end if t.system else ""
-    end = _quoted(t.assistant_end) if t.assistant_end else "eos_token"
-    return (
-        "{%- macro text(content) -%}{%- if content is string -%}{{- " + said + " -}}{%- else -%}"
-        + items
-        + "{%- endif -%}{%- endmacro -%}"
-        + opened
-        + "{%- if messages and messages[0]['role'] == 'system' -%}"
-        + "{{- "
-        + (_quoted(t.system_start) + " + " if t.system_start else "")
-        + "text(messages[0]['content']) + "
-        + _quoted(t.system_end)
-        + " -}}{%- set turns = messages[1:] -%}{%- else -%}"
-        + "{{- "
-        + _quoted(own)
-        + " -}}{%- set turns = messages -%}{%- endif -%}"
-        + "{%- for message in turns -%}"
-        + between
-        + "{%- if message['role'] == 'user' -%}"
-        + "{{- " + _quoted(t.user_start) + " + text(message['content']) + " + _quoted(t.user_end) + " -}}"
-        + "{%- else -%}"
-        + "{{- " + _quoted(t.assistant_start + t.assistant_lead) + " + text(message['content']) | trim"
-        + " + " + end + " -}}{%- endif -%}{%- endfor -%}"
-        + "{%- if add_generation_prompt -%}"
-        + "{{- " + _quoted(t.assistant_start) + " -}}{%- endif -%}"
-    )
-
-
-def _quoted(text: str) -> str:
-    """A string literal of jinja."""
-    return json.dumps(text)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
