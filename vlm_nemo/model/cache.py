@@ -118,7 +118,6 @@ class CachedStep(PackedSeqParams):
             self.near = self.visible & (keys > self.places - window)
         return self.near
 
-
     def remembered(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
         """Of a layer that looks at images: the tokens [start, stop) that see an image of an earlier step, and its keys
         and values. This step's own, k and v [E, 1, kv_heads, d], are remembered."""
