@@ -184,6 +184,7 @@ def _row(cfg: ModelConfig, images: Sequence[int], seed: int, capacity: int) -> P
                     sample += _words(2, g)
                     continue
                 slots += range(len(tokens) + len(sample), len(tokens) + len(sample) + len(item.sources))
+                assert item.shares is None, "no layout here scales down"
                 sources += [int(x) + before * (x >= 0) for x in item.sources]
                 sample += _words(1, g) if item.token else [IMAGE] * len(item.sources)
             sample += _words(2, g)

@@ -166,7 +166,7 @@ def test_every_kind_of_decoder_goes_on_from_its_prompt(name: str) -> None:
         (built,) = build_model(cfg, ParallelConfig(), "fp32", seed=3)
         built.eval()
         backend = TorchBackend(built, cfg, groups.lay_out(ParallelConfig(), 0), compositions.IMAGE, 2, 120)
-        images = Images(**{field.name: getattr(row.images, field.name).numpy() for field in fields(Images)})
+        images = arrays(row.images)
         asked = Prompt(
             tokens=row.tokens[:length].tolist(), images=lambda: images, image_count=2, positions=prompt.numpy()
         )
@@ -190,6 +190,12 @@ def test_every_kind_of_decoder_goes_on_from_its_prompt(name: str) -> None:
             assert token == int(logits.argmax())
             assert said.logprob == pytest.approx(built_logprob(built, batch, token), abs=1e-4)
         groups.stop()
+
+
+def arrays(images: Images[torch.Tensor]) -> Images[Any]:
+    """As generation takes them."""
+    found = {field.name: getattr(images, field.name) for field in fields(Images)}
+    return Images(**{name: None if tensor is None else tensor.numpy() for name, tensor in found.items()})
 
 
 def built_logprob(built: VLM, batch: ModelBatch, token: int) -> float:

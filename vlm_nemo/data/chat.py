@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlm_nemo.data.config import LayoutConfig
-from vlm_nemo.data.layout.plan import ImagePlan, Ints, offset
+from vlm_nemo.data.layout.plan import ImagePlan, Ints, Shares, Sources, offset
 from vlm_nemo.data.pieces import encode_trusted
 from vlm_nemo.data.positions import grid_positions
 from vlm_nemo.data.sample import (
@@ -166,6 +166,7 @@ class EncodedText:
     slots: Ints
     """See `vlm_nemo.types.Images`."""
     sources: Ints
+    shares: Shares | None
     positions: Ints | None
     """[3, T] where M-RoPE counts an image's rows and columns; None = 0, 1, 2, … three times."""
 
@@ -277,7 +278,7 @@ class _Writer:
         self.tokens: list[int] = []
         self.labels: list[int] = []
         self._slots: list[Ints] = []
-        self._sources: list[Ints] = []
+        self._sources: list[Sources] = []
         self._plans: list[ImagePlan] = []
         self._spans: list[tuple[int, int, int]] = []
         self._text = ""
@@ -320,12 +321,14 @@ class _Writer:
 
     def done(self) -> EncodedText:
         none = np.zeros(0, dtype=np.int64)
+        sources, shares = offset(self._sources, [plan.embeddings for plan in self._plans])
         return EncodedText(
             tokens=self.tokens,
             labels=self.labels,
             plans=tuple(self._plans),
             slots=np.concatenate([none, *self._slots]),
-            sources=offset(self._sources, [plan.embeddings for plan in self._plans]),
+            sources=sources,
+            shares=shares,
             positions=grid_positions(len(self.tokens), self._spans) if self._spans else None,
         )
 

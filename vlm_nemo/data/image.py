@@ -98,6 +98,7 @@ def decode_images(
         embeddings=np.array([plan.embeddings for plan in text.plans], dtype=np.int64),
         slots=text.slots,
         sources=text.sources,
+        shares=text.shares,
     )
 
 
