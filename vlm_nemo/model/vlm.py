@@ -111,7 +111,6 @@ class VLM(MegatronModule):
         return self.language.shared_embedding_or_output_weight()
 
 
-<<<<<<< HEAD
 def check_looks(cfg: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse cross-attention that does not fit together. Raises UserError."""
     layers, kind = cfg.language.cross_attention_layers, cfg.projector.kind
@@ -132,10 +131,7 @@ def check_looks(cfg: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def place_images(embeds: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
-=======
 def place_images(embeds: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, shares: Tensor | None = None) -> Tensor:
->>>>>>> zoo-data
     """Put what the images gave where their placeholders are.
 
     embeds: [T, 1, D]; rows: [E + K, D], see `VLM.embed_images`; slots: [M] rows of embeds; sources: [M], which of
