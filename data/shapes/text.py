@@ -170,8 +170,10 @@ def ask_printed(scene: Scene, rng: random.Random) -> Question | None:
 
 
 ASK: tuple[Callable[[Scene, random.Random], Question | None], ...] = (
-    *(3 * (ask_colour, ask_shape, ask_position)),
-    *(2 * (ask_relation,)),
+    *(5 * (ask_shape,)),
+    *(4 * (ask_colour,)),
+    *(2 * (ask_position,)),
+    ask_relation,
     ask_count,
     ask_size,
     ask_printed,
