@@ -23,6 +23,7 @@ from vlm_nemo.weights.shards import cast, new_folder, write_hf, write_json
 from vlm_nemo.weights.tables import exported_vision, naming_of, naming_of_part
 from vlm_nemo.weights.words import export_tokenizer, generation_config
 
+
 def to_folder(
     step_folder: Path,
     cfg: ModelConfig,
