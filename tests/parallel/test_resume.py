@@ -80,7 +80,7 @@ def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path) -
     """The distributed optimizer's shares of two data ranks, and two tensor halves, become one process's state."""
     for name, layout in {"dp2": [], "tp2": ["parallel.tensor=2"]}.items():
         run_dir = tmp_path / name
-        runs.vlm_nemo("train", *words(shards, run_dir, "trainer.stop_at=4", *layout), ranks=2)
+        runs.vlm_nemo("train", *words(shards, run_dir, "trainer.stop_at=4", *layout), ranks=2, fresh=True)
         runs.vlm_nemo("train", *words(shards, run_dir))
         for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(run_dir), runs.trace(whole), strict=True):
             assert loss == pytest.approx(true_loss, rel=1e-5)
