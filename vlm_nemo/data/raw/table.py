@@ -115,7 +115,8 @@ def _split_list(text: str) -> list[str]:
 
     Raises ValueError if it is no list, or goes on after its end.
     """
-    items, depth, start = [], 0, 0
+    items: list[str] = []
+    depth = start = 0
     for mark in _MARK.finditer(text):
         if mark[0] in "[{":
             depth += 1
