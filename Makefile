@@ -1,5 +1,5 @@
 # make demo    train a small vision-language model on this machine and show what it answers (DEMO=short: a few steps)
-# make test    run the tests
+# make test    run the tests (make test-slow: those too that wait for minutes)
 # make check   lint, types, floors, shell scripts, Dockerfile
 # make clean   remove caches (not .venv, not runs/)
 #
@@ -9,13 +9,16 @@ DEMO ?= full
 bin := .venv/bin
 ready := $(bin)/.ready
 
-.PHONY: demo test check clean setup
+.PHONY: demo test test-slow check clean setup
 
 demo: $(ready)
 	@DEMO=$(DEMO) PYTHON=$(bin)/python launch/demo.sh
 
 test: $(ready)
 	$(bin)/python -m pytest -q
+
+test-slow: $(ready)
+	$(bin)/python -m pytest -q -m ""
 
 check: $(ready)
 	$(bin)/ruff check .

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import runs
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a team on a few cores waits, and burns them
 
 
 @pytest.fixture(scope="session")

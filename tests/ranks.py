@@ -9,22 +9,24 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch.multiprocessing as mp
+from tests import warm
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 300) -> list[Any]:
-    """Call function(*args) on `world` fresh processes with torchrun's variables set; return what each returned.
+    """Call function(*args) on `world` new processes with torchrun's variables set; return what each returned.
 
     function must be importable (a module-level function), its arguments and result picklable.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = warm.context()
     results: Any = context.SimpleQueue()
+    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     processes = [
-        context.Process(target=_entry, args=(function, args, rank, world, port, results), daemon=True)
-        for rank in range(world)
+        context.Process(target=_entry, args=(function, args, environment, results), daemon=True)
+        for environment in environments
     ]
     for process in processes:
         process.start()
@@ -52,13 +54,9 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     return [found[rank] for rank in range(world)]
 
 
-def _entry(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, results: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    import torch
-
-    torch.set_num_threads(1)
+def _entry(function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], results: Any) -> None:
+    warm.take_environment(environment)
+    rank = int(environment["RANK"])
     try:
         results.put((rank, True, function(*args)))
     except BaseException:

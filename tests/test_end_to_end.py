@@ -23,7 +23,7 @@ def stages(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     common[0] = "recipe=shapes/stage1"
     del common[common.index(f"data.sources.instruct.path={shards}/instruct")]
     words = ["trainer.steps=4", f"checkpoint={folder}/stage0", "log.wandb=true", "log.tensorboard=true"]
-    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage1", *words)
+    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage1", *words, fresh=True)
     return folder
 
 
@@ -80,7 +80,8 @@ def test_nemo_exp_manager(stages: Path, shards: Path, tmp_path: Path) -> None:
 
 def scores(stages: Path, shards: Path, out: Path, *layout: str, ranks: int = 1) -> dict[str, dict[str, float]]:
     words = ["recipe=shapes/stage1", "precision=fp32", f"evaluate.data={shards}/eval", "evaluate.max_new_tokens=6"]
-    runs.vlm_nemo("evaluate", *words, f"checkpoint={stages}/stage1", f"run_dir={out}", *layout, ranks=ranks)
+    words += [f"checkpoint={stages}/stage1", f"run_dir={out}", *layout]
+    runs.vlm_nemo("evaluate", *words, ranks=ranks, fresh=True)
     return json.loads((out / "scores.json").read_text())
 
 
@@ -112,8 +113,9 @@ def test_evaluation_is_the_same_at_every_layout(
 
 def test_every_form_of_a_model_answers_alike(one_process: Path, stages: Path, shards: Path, tmp_path: Path) -> None:
     """A checkpoint, its Hugging Face folder (under two tensor ranks) and its export: the same predictions."""
-    runs.vlm_nemo("convert", f"checkpoint={stages}/stage1", f"out={tmp_path}/hf")
-    runs.vlm_nemo("export", f"checkpoint={stages}/stage1", f"out={tmp_path}/export", "precision=fp32")
+    runs.vlm_nemo("convert", f"checkpoint={stages}/stage1", f"out={tmp_path}/hf", fresh=True)
+    words = [f"checkpoint={stages}/stage1", f"out={tmp_path}/export", "precision=fp32"]
+    runs.vlm_nemo("export", *words, fresh=True)
     for form, layout, ranks in (("hf", ["parallel.tensor=2"], 2), ("export", [], 1)):
         words = [*runs.TINY, f"evaluate.data={shards}/eval", f"evaluate.{form}={tmp_path}/{form}", *layout]
         runs.vlm_nemo("evaluate", *words, f"run_dir={tmp_path}/{form}_eval", ranks=ranks)
@@ -135,9 +137,9 @@ def test_generate(stages: Path, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     # What stage 1 was trained on: an image, then its caption
     words = [f"checkpoint={stages}/stage1", f"image={tmp_path}/a.png", "prompt=<image>", "infer.max_new_tokens=5"]
-    alone = runs.vlm_nemo("generate", *words).stdout
+    alone = runs.vlm_nemo("generate", *words, fresh=True).stdout
     assert alone.strip()
-    assert runs.vlm_nemo("generate", *words, "parallel.pipeline=2", ranks=2).stdout == alone
+    assert runs.vlm_nemo("generate", *words, "parallel.pipeline=2", ranks=2, fresh=True).stdout == alone
     runs.vlm_nemo("generate", *words[:2], "prompt=What colour is it, exactly?")
     wrong = runs.vlm_nemo("generate", *words[:2], "prompt=<image> and <image>?", code=2)
     assert wrong.stderr.strip() == "error: the prompt has 2 <image> and 1 images were given; they must be equal"
@@ -147,7 +149,7 @@ def test_bf16_trains_under_tensor_and_pipeline(shards: Path, tmp_path: Path) -> 
     words = [*runs.TINY, *runs.data_words(shards), "precision=bf16", "trainer.steps=4", "checkpoint.every=0"]
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
     runs.vlm_nemo("train", *words, f"run_dir={tmp_path}/one")
-    runs.vlm_nemo("train", *words, f"run_dir={tmp_path}/four", *layout, ranks=4)
+    runs.vlm_nemo("train", *words, f"run_dir={tmp_path}/four", *layout, ranks=4, fresh=True)
     one, four = (runs.metrics(tmp_path / name) for name in ("one", "four"))
     for a, b in zip(one, four, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
@@ -157,7 +159,7 @@ def test_bf16_trains_under_tensor_and_pipeline(shards: Path, tmp_path: Path) -> 
 def test_too_many_bad_samples_stop_the_run(shards: Path, tmp_path: Path) -> None:
     """Rows of 40 tokens fit hardly any sample: one line, exit code 2, and the ledger says why."""
     words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}", "data.pack.capacity=40", "trainer.steps=50"]
-    done = runs.vlm_nemo("train", *words, code=2, ranks=2)
+    done = runs.vlm_nemo("train", *words, code=2, ranks=2, fresh=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "too long" in errors[0] and "data.max_bad_fraction" in errors[0]
     ledger = json.loads((tmp_path / "ledger.json").read_text())

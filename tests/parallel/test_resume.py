@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,16 +34,14 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_kill_9_and_resume_is_bitwise_equal(whole: Path, shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vlm_nemo", "train", *words(shards, tmp_path)]
-    process = subprocess.Popen(
-        command, cwd=runs.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
     path = tmp_path / "metrics.jsonl"
-    while not (path.is_file() and path.read_text().count("\n") >= 5):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with runs.started(command) as process:
+        deadline = time.monotonic() + 120
+        while not (path.is_file() and path.read_text().count("\n") >= 5):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     assert len(runs.trace(tmp_path)) < STEPS, "killed too late to show anything"
 
     runs.vlm_nemo("train", *words(shards, tmp_path))
@@ -80,7 +77,7 @@ def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path) -
     """The distributed optimizer's shares of two data ranks, and two tensor halves, become one process's state."""
     for name, layout in {"dp2": [], "tp2": ["parallel.tensor=2"]}.items():
         run_dir = tmp_path / name
-        runs.vlm_nemo("train", *words(shards, run_dir, "trainer.stop_at=4", *layout), ranks=2)
+        runs.vlm_nemo("train", *words(shards, run_dir, "trainer.stop_at=4", *layout), ranks=2, fresh=True)
         runs.vlm_nemo("train", *words(shards, run_dir))
         for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(run_dir), runs.trace(whole), strict=True):
             assert loss == pytest.approx(true_loss, rel=1e-5)
@@ -106,16 +103,14 @@ def test_four_replicas_two_and_four_again(whole: Path, shards: Path, tmp_path: P
 def test_a_signal_saves_and_ends_well(shards: Path, tmp_path: Path, name: str, ranks: int) -> None:
     """Exit code 0, a line that says so, a checkpoint at the step that was under way."""
     command = ["launch/local.sh", str(ranks), "train", *words(shards, tmp_path, "trainer.steps=100000")]
-    process = subprocess.Popen(
-        command, cwd=runs.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
     path = tmp_path / "metrics.jsonl"
-    while not (path.is_file() and path.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
+    with runs.started(command) as process:
+        deadline = time.monotonic() + 120
+        while not (path.is_file() and path.read_text().count("\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert f"{name}: stopped after step" in errors
     last = runs.trace(tmp_path)[-1][0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -84,14 +83,13 @@ def test_a_signal_while_torch_is_imported(shards: Path, tmp_path: Path) -> None:
     """As soon as the process holds it: the run ends well before its first step."""
     words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}", "trainer.steps=100000"]
     command = [sys.executable, "-m", "vlm_nemo", "train", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=runs.ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not held(process.pid):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGUSR2)
-    _, errors = process.communicate(timeout=120)
+    with runs.started(command) as process:
+        deadline = time.monotonic() + 60
+        while not held(process.pid):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGUSR2)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "SIGUSR2: stopped before the first step; the same command goes on" in errors
     assert '"step": 0, "steps": 100000' in (tmp_path / "run.json").read_text()

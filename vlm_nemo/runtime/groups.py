@@ -58,6 +58,7 @@ def start(parallel: ParallelConfig, seed: int) -> Ranks:
 
     Must run inside `device.adapter()`.
     """
+    global _store
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device.on_cuda():
         local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -70,7 +71,10 @@ def start(parallel: ParallelConfig, seed: int) -> Ranks:
         if world == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            # What init_process_group does by itself with these variables, but that would keep the store to itself
+            _store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            own = dist.PrefixStore("groups", _store)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=TIMEOUT)
     return lay_out(parallel, seed)
 
 
@@ -103,9 +107,11 @@ def stop() -> None:
     """Leave the job."""
     from megatron.core import parallel_state
 
+    global _store
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
 
 
 def wait_for_all(failed: bool = False) -> None:
@@ -115,7 +121,8 @@ def wait_for_all(failed: bool = False) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    store = dist.distributed_c10d._get_default_store()  # the one that init_process_group made of the environment
+    store = _store
+    assert store is not None, "several processes, and not by start()"
     key = f"vlm_nemo/wait/{next(_waits)}"
     store.add(f"{key}/failed", int(failed))
     store.add(f"{key}/here", 1)
@@ -130,6 +137,8 @@ def wait_for_all(failed: bool = False) -> None:
         time.sleep(LOOK_SECONDS)
 
 
+_store: dist.Store | None = None
+"""Of the job that `start` joined; None in a process that is alone."""
 _waits = itertools.count()
 """Every rank waits as often as every other."""
 

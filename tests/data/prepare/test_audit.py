@@ -78,7 +78,17 @@ def test_the_figures_are_those_of_the_data(raw: Path, capsys: pytest.CaptureFixt
     )
     assert set(content["fill"]) == {"captions", "instruct", "all sources"} and content["tokens_an_image"] == 4
     assert "512" in content["fill"]["captions"] and content["advice"]["captions"].startswith("capacity 512 fills to")
-    for text in ("captions", "1 images are in both captions and instruct", "min_side=20", "fill of packed rows"):
+    assert set(content["delay"]) == set(content["vision_balance"]) == set(content["fill"])
+    # Four samples that come again and again, one image each: a wait of a pool, at least; rows of about as many images
+    assert 63 <= content["delay"]["captions"] < 200
+    assert 1 <= content["vision_balance"]["captions"]["4"] <= content["vision_balance"]["captions"]["1"] < 1.5
+    for text in (
+        "captions",
+        "busiest of 8 towers",
+        "1 images are in both captions and instruct",
+        "min_side=20",
+        "fill of packed rows",
+    ):
         assert text in said, text
     pixels = np.asarray(Image.open(raw / "out" / "audit" / "audit.png").convert("L"))
     assert pixels.shape[0] > 800 and pixels.shape[1] > 1400 and pixels.std() > 10

@@ -14,9 +14,11 @@ from tests.data.raw_data import picture, turns
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.raw.messages import pick_answer
+from vlm_nemo.data.raw.table import read_list
 from vlm_nemo.data.raw.unit import RawDrop, attempt, facts_of
 from vlm_nemo.data.sample import BAD_JSON, printable
 from vlm_nemo.data.storage.shards import ShardFolder
+from vlm_nemo.types import UserError
 
 HALF = "\ud83d"
 GOOD = {
@@ -29,6 +31,7 @@ SOURCES = {
     "vqa": "{kind: vqa, path: rows.jsonl, images: images, group: kind}",
     "interleaved": "{kind: interleaved, path: rows.jsonl, images: images}",
 }
+DEEP = '{"id": ' + "[" * 100_000 + "]" * 100_000 + "}"
 BAD: list[tuple[str, Any]] = [
     ("llava", GOOD["llava"] | {"conversations": turns("<image>\nHue?", "red " + HALF)}),
     ("llava", GOOD["llava"] | {"kind": HALF}),
@@ -45,12 +48,16 @@ BAD: list[tuple[str, Any]] = [
 ]
 
 
-def run(folder: Path, kind: str, lines: list[str | bytes], **changes: Any) -> tuple[dict[str, Any], list[Any]]:
-    """Prepare a file of these lines of JSON; the manifest, and its records. It must not raise."""
+def run(
+    folder: Path, kind: str, lines: list[str | bytes], *, listed: bool = False, **changes: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """Prepare a file of these lines of JSON, or a list of them; the manifest, and its records. It must not raise."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "images" / "0.jpg").write_bytes(picture(1))
-    (folder / "rows.jsonl").write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
-    (folder / "manifest.yaml").write_text(f"sources: {{a: {SOURCES[kind]}}}")
+    rows = [x if isinstance(x, bytes) else x.encode() for x in lines]
+    name = "rows.json" if listed else "rows.jsonl"
+    (folder / name).write_bytes(b"\n [" + b", ".join(rows) + b"]\n" if listed else b"\n".join(rows))
+    (folder / "manifest.yaml").write_text(f"sources: {{a: {SOURCES[kind]}}}".replace("rows.jsonl", name))
     given = {"out": str(folder / "out"), "workers": 1, "max_bad_fraction": 1.0} | changes
     manifest = prepare(PrepareConfig(manifest=str(folder / "manifest.yaml"), **given))["a"]
     told = json.loads((folder / "out" / "ledger.json").read_text())
@@ -85,6 +92,24 @@ def test_deep_rows_and_lines_that_are_no_text(
     lines: list[str | bytes] = [good, *deep, b'{"id": "\xff', b"\x00", '{"id": ' + "9" * 10_000 + "}", good]
     manifest, records = run(tmp_path, kind, lines, workers=workers)
     assert manifest["dropped"] == {BAD_JSON: 7} and len(records) == 2
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_what_the_parser_gives_up_on_is_one_row_of_a_list(tmp_path: Path, kind: str) -> None:
+    good = json.dumps(GOOD[kind])
+    odd = json.dumps(GOOD[kind] | {"id": 'brackets ]}, "quoted", and a \\'})
+    rows = [good, DEEP, odd, '{"id": ' + "9" * 10_000 + "}", "[1, [2, 3]]", good]
+    manifest, records = run(tmp_path, kind, rows, listed=True)
+    assert manifest["dropped"] == {BAD_JSON: 3} and len(records) == 3
+
+
+@pytest.mark.parametrize(
+    "text", [f"[1, {DEEP}", f"[1, {DEEP}] 2", f'{{"a": {DEEP}}}', DEEP], ids=lambda text: text[-3:]
+)
+def test_a_deep_file_that_is_no_list(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(UserError, match=r"rows\.json cannot be read: not a list of rows"):
+        read_list(tmp_path / "rows.json")
 
 
 def test_numbers_beyond_a_float_are_no_facts(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.prepare.advice import Advice, advise, pack_fill, percent
 from vlm_nemo.data.prepare.convert import EXAMPLES
 from vlm_nemo.data.prepare.duplicates import Copies, count_copies
-from vlm_nemo.data.prepare.measure import mixed_lengths, sample_lengths
+from vlm_nemo.data.prepare.measure import mixed_lengths, sample_sizes
 from vlm_nemo.data.prepare.progress import Meter
+from vlm_nemo.data.prepare.rehearsal import RANKS, ROWS, Rehearsal, rehearse
 from vlm_nemo.data.prepare.source_manifest import Manifest
 from vlm_nemo.data.prepare.survey import POINTS, Survey, percentiles, survey, to_json
 from vlm_nemo.data.sample import DUPLICATE, UNWANTED, printable
@@ -66,20 +67,21 @@ def audit(
         {name: [out / name / shard["name"] for shard in manifest["shards"]] for name, manifest in sound.items()},
         {name: sum(shard["images"] for shard in manifest["shards"]) for name, manifest in sound.items()},
     )
-    lengths: dict[str, np.ndarray] = {}
+    sizes: dict[str, np.ndarray] = {}
     if fingerprint:
         for name, manifest in sound.items():
-            lengths[name] = sample_lengths(out / name, manifest, fingerprint, spec, LENGTH_SAMPLES)
+            sizes[name] = sample_sizes(out / name, manifest, fingerprint, spec, LENGTH_SAMPLES)
         if len(trained_on) > 1:
-            parts = {name: lengths[name] for name in trained_on}
-            lengths[ALL] = mixed_lengths(parts, {name: m["records"] for name, m in trained_on.items()})
-        lengths = {name: values for name, values in lengths.items() if len(values)}
+            parts = {name: sizes[name] for name in trained_on}
+            sizes[ALL] = mixed_lengths(parts, {name: m["records"] for name, m in trained_on.items()})
+    lengths = {name: values[:, 0] for name, values in sizes.items() if len(values)}
+    rehearsals = {name: found for name in lengths if (found := rehearse(sizes[name], cfg.capacity))}
     capacities = sorted({*CAPACITIES, cfg.capacity})
     advice = {name: advise(values, cfg.capacity) for name, values in lengths.items()}
     fills = {name: {c: pack_fill(values, c) for c in capacities} for name, values in lengths.items()}
     for name, one in advice.items():
         fills[name][cfg.capacity] = one.wanted.fill  # of another sample: one thing has one figure
-    content = _content(manifests, damaged, surveys, copies, lengths, fills, advice, fingerprint, spec)
+    content = _content(manifests, damaged, surveys, copies, lengths, fills, advice, rehearsals, fingerprint, spec)
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / "audit.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -126,6 +128,7 @@ def _content(
     lengths: Mapping[str, np.ndarray],
     fills: Mapping[str, Mapping[int, float]],
     advice: Mapping[str, Advice],
+    rehearsals: Mapping[str, Rehearsal],
     fingerprint: str | None,
     spec: ImageSpec,
 ) -> dict[str, Any]:
@@ -148,6 +151,11 @@ def _content(
         "tokens": {name: percentiles(values) | {"mean": float(values.mean())} for name, values in lengths.items()},
         "fill": {name: {str(c): round(fill, 5) for c, fill in row.items()} for name, row in fills.items()},
         "advice": {name: str(one) for name, one in advice.items()},
+        "delay": {name: one.delay for name, one in rehearsals.items()},
+        "vision_balance": {
+            name: {str(rows): round(value, 4) for rows, value in one.balance.items()}
+            for name, one in rehearsals.items()
+        },
     }
 
 
@@ -217,6 +225,11 @@ def _print(
         columns = next(iter(content["fill"].values()))
         fills = [(name, *(percent(fill) for fill in row.values())) for name, row in content["fill"].items()]
         _show(console, "fill of packed rows by capacity", ("source", *columns), fills)
+        title = f"rows of {cfg.capacity}: longest wait of a sample, in samples; busiest of {RANKS} towers over the mean"
+        _show(console, title, ("source", "wait", *(f"{rows} rows a rank" for rows in ROWS)), [
+            (name, f"{delay:,}", *(f"{value:.3f}" for value in content["vision_balance"][name].values()))
+            for name, delay in content["delay"].items()
+        ])  # fmt: skip
         for name, one in advice.items():
             console.print(f"{name}: {one}", highlight=False, soft_wrap=True)
     console.print(f"written: {folder / 'audit.json'}, {folder / 'audit.png'}", highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from vlm_nemo.data.chat import TEMPLATES, check_names
 from vlm_nemo.data.config import LayoutConfig
-from vlm_nemo.data.layout.images import count_tokens
+from vlm_nemo.data.layout.images import count_tokens, vision_cost
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.lengths import COLUMN, fingerprint, lengths_path, measure, reason_of, write_lengths
 from vlm_nemo.data.prepare.convert import sha256
@@ -151,30 +151,41 @@ def sample_lengths(folder: Path, manifest: dict[str, Any], fingerprint: str, spe
 
     Empty if the source was not measured for that fingerprint.
     """
+    return sample_sizes(folder, manifest, fingerprint, spec, limit)[:, 0]
+
+
+def sample_sizes(folder: Path, manifest: dict[str, Any], fingerprint: str, spec: ImageSpec, limit: int) -> np.ndarray:
+    """[n, 2] int64: the same, and beside the tokens the patches that the vision tower computes."""
     shards = [shard for shard in manifest["shards"] if shard["records"]]
     per_shard = sum(shard["records"] for shard in shards) / max(1, len(shards))
     step = max(1, int(len(shards) * per_shard / limit))
-    found = [np.zeros(0, dtype=np.int64)]
+    found = [np.zeros((0, 2), dtype=np.int64)]
     for shard in shards[::step]:
         path = lengths_path(folder / shard["name"], fingerprint)
         if path.is_file():
             text = load_file(path)[COLUMN]
-            lengths = text + image_tokens(folder / shard["name"], spec)
-            found.append(lengths[text >= 0][: 2 * limit])
+            tokens, patches = image_sizes(folder / shard["name"], spec)
+            sizes = np.stack([text + tokens, patches], axis=1)
+            found.append(sizes[text >= 0][: 2 * limit])
     return np.concatenate(found)
 
 
-def image_tokens(tar: Path, spec: ImageSpec) -> np.ndarray:
-    """[records] int64: tokens that stand for all images of each record of a shard."""
+def image_sizes(tar: Path, spec: ImageSpec) -> tuple[np.ndarray, np.ndarray]:
+    """[records] int64 each: tokens that stand for all images of each record of a shard, and patches that the vision
+    tower computes of them."""
     with safe_open(index_path(tar), framework="np") as index:
         start, width, height = (index.get_tensor(f"image_{name}") for name in ("start", "width", "height"))
-    sizes = zip(width.tolist(), height.tolist(), strict=True)
-    ends = np.cumsum([0, *(count_tokens(spec, size) for size in sizes)], dtype=np.int64)
-    return ends[start[1:]] - ends[start[:-1]]
+    sizes = list(zip(width.tolist(), height.tolist(), strict=True))
+
+    def of_records(of: Callable[[ImageSpec, tuple[int, int]], int]) -> np.ndarray:
+        ends = np.cumsum([0, *(of(spec, size) for size in sizes)], dtype=np.int64)
+        return ends[start[1:]] - ends[start[:-1]]
+
+    return of_records(count_tokens), of_records(vision_cost)
 
 
 def mixed_lengths(lengths: Mapping[str, np.ndarray], records: Mapping[str, int]) -> np.ndarray:
-    """Lengths of all sources in proportion to their records, from a sample of each."""
+    """Lengths (or rows that begin with one) of all sources in proportion to their records, from a sample of each."""
     known = {name: values for name, values in lengths.items() if len(values)}
     if not known:
         return np.zeros(0, dtype=np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,14 +79,18 @@ def list_rows(path: Path, shard_samples: int) -> list[Rows]:
 
 
 def read_list(path: Path) -> list[Any]:
-    """Rows of a JSON list, or of JSON lines; a line that is none is its text. Raises UserError."""
+    """Rows of a JSON list, or of JSON lines; one that Python cannot parse is its text. Raises UserError."""
     try:
         if path.suffix == ".jsonl":
             with open(path, "rb") as stream:
                 return [parse_line(line) for line in stream if line.strip()]
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{path} cannot be read: a row is nested too deeply; JSON lines lose only that row") from None
+        text = path.read_text(encoding="utf-8")
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except (RecursionError, ValueError):  # too deep, or a number too long: the row's fault, not the file's
+            rows = [parse_line(row) for row in _split_list(text)]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(rows, list):
@@ -99,6 +104,36 @@ def parse_line(line: str | bytes) -> Any:
         return _shallow(json.loads(line))
     except (ValueError, RecursionError):
         return line if isinstance(line, str) else line.decode("utf-8", "replace")
+
+
+_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+"""A text as a whole, or what opens, closes or parts."""
+
+
+def _split_list(text: str) -> list[str]:
+    """The texts of a JSON list's items, by brackets and commas alone: '[1, {"a": [2]}]' -> ['1', '{"a": [2]}']
+
+    Raises ValueError if it is no list, or goes on after its end.
+    """
+    items: list[str] = []
+    depth = start = 0
+    for mark in _MARK.finditer(text):
+        if mark[0] in "[{":
+            depth += 1
+            if depth == 1:
+                if text[: mark.end()].strip() != "[":
+                    break
+                start = mark.end()
+        elif mark[0] in "]}":
+            depth -= 1
+            if depth == 0:
+                if text[mark.start() :].strip() != "]":
+                    break
+                return [*items, text[start : mark.start()].strip()]
+        elif mark[0] == "," and depth == 1:
+            items.append(text[start : mark.start()].strip())
+            start = mark.end()
+    raise ValueError("not a list of rows")
 
 
 def _shallow(row: Any) -> Any:
