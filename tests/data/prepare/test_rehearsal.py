@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.raw_data import SPEC, data_config, make_prepared, write_all_lengths
 from vlm_nemo.data.chat import TEMPLATES
-from vlm_nemo.data.config import PackConfig, SourceConfig
+from vlm_nemo.data.config import LayoutConfig, PackConfig, SourceConfig
 from vlm_nemo.data.lengths import fingerprint
 from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.prepare.measure import sample_sizes
@@ -53,7 +53,7 @@ def test_the_loader_reports_about_the_same(tmp_path: Path) -> None:
     write_all_lengths(prepared)
     manifest = json.loads((prepared / "instruct" / "manifest.json").read_text())
     tokenizer = Tokenizer(prepared / "tokenizer")
-    drawn = sample_sizes(prepared / "instruct", manifest, fingerprint(tokenizer, TEMPLATES["short"]), SPEC, 1000)
+    drawn = sample_sizes(prepared / "instruct", manifest, fingerprint(tokenizer, TEMPLATES["short"], LayoutConfig()), SPEC, 1000)
     assert len(drawn) == 80 and set(drawn[:, 1].tolist()) == {0, 4, 8}  # text, one image, two
     foretold = rehearse(drawn, 64, pool=16)
     sources = {"instruct": SourceConfig(path=str(prepared / "instruct"))}
