@@ -70,7 +70,9 @@ def copy_weights(theirs: nn.Module, chunks: Sequence[nn.Module], cfg: ModelConfi
                 view.copy_(whole[box.slices])
 
 
-def hf_logits(theirs: Any, cfg: ModelConfig, one: EncodedSample, sizes: Sequence[tuple[int, int]], image_id: int) -> Tensor:
+def hf_logits(
+    theirs: Any, cfg: ModelConfig, one: EncodedSample, sizes: Sequence[tuple[int, int]], image_id: int
+) -> Tensor:
     """[T, V] of transformers' class."""
     if cfg.family == "blip2" and not sizes:  # its forward wants an image always
         return theirs.language_model(input_ids=torch.tensor([list(one.tokens)])).logits[0]

@@ -1,4 +1,4 @@
-"""Every family beside transformers' class with the same random weights: logits and loss, alone and packed, TP and PP."""
+"""Every family beside transformers' class with the same random weights: logits, loss, alone, packed, TP2 and PP2."""
 
 from __future__ import annotations
 

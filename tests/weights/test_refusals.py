@@ -61,12 +61,32 @@ TOP, TEXT, VISION = "", "text_config", "vision_config"
             "gelu",
             "(language): hidden_act='gelu' is not something this version does; it does 'silu",
         ),
-        (TEXT, "head_dim", 16, "of other shapes than its config.json says: language_model.model.layers.0.self_attn.k_proj"),
-        (TEXT, "model_type", "gpt2", "(language): model_type='gpt2' is not something this version does; it does 'llama'"),
+        (
+            TEXT,
+            "head_dim",
+            16,
+            "other shapes than its config.json says: language_model.model.layers.0.self_attn.k_p",
+        ),
+        (
+            TEXT,
+            "model_type",
+            "gpt2",
+            "(language): model_type='gpt2' is not something this version does; it does 'l",
+        ),
         (TEXT, "tie_word_embeddings", True, "tie_word_embeddings=True, but its lm_head differs from its embedding"),
         (TEXT, "vocab_size", 384, "language_model.model.embed_tokens.weight [320, 32] instead of [384, 32]"),
-        (TEXT, "num_hidden_layers", 3, "it lacks 9 tensors (language_model.model.layers.2.input_layernorm.weight, lang"),
-        (TEXT, "num_hidden_layers", 1, "it has 9 tensors (language_model.model.layers.1.input_layernorm.weight, langua"),
+        (
+            TEXT,
+            "num_hidden_layers",
+            3,
+            "it lacks 9 tensors (language_model.model.layers.2.input_layernorm.weight, ",
+        ),
+        (
+            TEXT,
+            "num_hidden_layers",
+            1,
+            "it has 9 tensors (language_model.model.layers.1.input_layernorm.weight, la",
+        ),
         (
             VISION,
             "hidden_act",
@@ -90,7 +110,12 @@ TOP, TEXT, VISION = "", "text_config", "vision_config"
             ["Idefics2ForConditionalGeneration"],
             "holds a Idefics2ForConditionalGeneration; ",
         ),
-        (TOP, "architectures", ["LlamaForCausalLM"], "multi_modal_projector.linear_1.bias, multi_modal_projector.linear_1.weight, multi"),
+        (
+            TOP,
+            "architectures",
+            ["LlamaForCausalLM"],
+            "82 tensors (language_model.lm_head.weight, language_model.model.embed",
+        ),
     ],
 )
 def test_a_configuration_that_is_another_model(

@@ -1,4 +1,4 @@
-"""Tiny random models of every family in a folder, as a person would find them: weights, tokenizer, processor's files."""
+"""Tiny random models of every family in folders, as a person would find them: weights, tokenizer, processor."""
 
 from __future__ import annotations
 

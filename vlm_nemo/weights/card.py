@@ -181,8 +181,8 @@ def _pixels(cfg: ModelConfig, part: str | None, kept: bool, written: Mapping[str
         ]
     elif made := _stood_in(cfg, part, written):
         lines += [
-            f"`{made}` is a stand-in (ones and zeros): this tower was trained without, and only outputs that this model",
-            "does not use would pass through it.",
+            f"`{made}` is a stand-in (ones and zeros): this tower was trained without, and only outputs that this",
+            "model does not use would pass through it.",
             "",
         ]
     return lines

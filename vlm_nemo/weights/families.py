@@ -97,9 +97,7 @@ PREFIXES: dict[str, Prefixes] = {
     "ovis2": (
         Prefix(part="vision", alone="", spelled=("model.vision_tower.transformer.",)),
         Prefix(part="projector", alone="head_", spelled=("model.vision_tower.head_",)),
-        Prefix(
-            part="projector", alone="visual_embeddings_table.", spelled=("model.visual_embeddings_table.",)
-        ),
+        Prefix(part="projector", alone="visual_embeddings_table.", spelled=("model.visual_embeddings_table.",)),
         *_language("model.language_model.", heads=("lm_head.",)),
     ),
     "idefics3": (
@@ -426,18 +424,14 @@ ALONE: dict[str, Alone] = {
     "CLIPVisionModelWithProjection": Alone(
         part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=r"visual_projection\."
     ),
-    "CLIPModel": Alone(
-        part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"
-    ),
+    "CLIPModel": Alone(part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"),
     "SiglipVisionModel": Alone(part="vision", kind="siglip", prefixes=_TWO_TOWERS),
     "SiglipModel": Alone(
         part="vision", kind="siglip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"
     ),
     "InternVLVisionModel": Alone(part="vision", kind="internvit", prefixes=_tower("")),
     "Aimv2VisionModel": Alone(part="vision", kind="aimv2", prefixes=_AIMV2),
-    "Aimv2Model": Alone(
-        part="vision", kind="aimv2", prefixes=_AIMV2, left_out=_TEXT_TOWER, section="vision_config"
-    ),
+    "Aimv2Model": Alone(part="vision", kind="aimv2", prefixes=_AIMV2, left_out=_TEXT_TOWER, section="vision_config"),
     "LlamaForCausalLM": Alone(part="language", kind="llama", prefixes=_DECODER),
     "MistralForCausalLM": Alone(part="language", kind="mistral", prefixes=_DECODER),
     "Qwen2ForCausalLM": Alone(part="language", kind="qwen2", prefixes=_DECODER),

@@ -66,9 +66,7 @@ _SIGLIP_SWITCHES = dict(patch_bias=True, class_token=False, pre_norm=False)
 FORMS: dict[str, Form] = {
     "clip": Form(
         model_types=("clip_vision_model", "clip"),
-        fields=_usual(
-            768, 3072, 12, 12, patch=32, image=224, eps=("layer_norm_eps", 1e-5), act=("quick_gelu", "gelu")
-        ),
+        fields=_usual(768, 3072, 12, 12, patch=32, image=224, eps=("layer_norm_eps", 1e-5), act=("quick_gelu", "gelu")),
         demands={"num_channels": (3,)},
         says=("num_channels",),
         free=_FREE,
@@ -140,9 +138,7 @@ FORMS: dict[str, Form] = {
             ),
             Field(ours="temporal_patch_size", theirs="temporal_patch_size", default=2),
             Field(ours="window", theirs="window_size", default=112),
-            Field(
-                ours="full_attention_layers", theirs="fullatt_block_indexes", default=(7, 15, 23, 31), read=list
-            ),
+            Field(ours="full_attention_layers", theirs="fullatt_block_indexes", default=(7, 15, 23, 31), read=list),
         ),
         always=dict(
             class_token=False, pre_norm=False, position="rope", norm="rmsnorm", norm_eps=1e-6, gated=True, bias=True
