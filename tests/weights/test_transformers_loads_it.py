@@ -212,7 +212,7 @@ def test_a_family_s_processor_is_found(tmp_path: Path, family: str) -> None:
         assert processor.tokenizer.get_chat_template() if family != "blip2" else True
     given = read_back(back, cfg)
     assert given.layout == cfg.layout and given.vision == cfg.vision
-    assert image_processor.image_mean == cfg.vision.mean
+    assert list(image_processor.image_mean) == cfg.vision.mean
 
 
 def read_back(folder: Path, cfg: ModelConfig) -> ModelConfig:

@@ -53,7 +53,8 @@ def test_the_loader_reports_about_the_same(tmp_path: Path) -> None:
     write_all_lengths(prepared)
     manifest = json.loads((prepared / "instruct" / "manifest.json").read_text())
     tokenizer = Tokenizer(prepared / "tokenizer")
-    drawn = sample_sizes(prepared / "instruct", manifest, fingerprint(tokenizer, TEMPLATES["short"], LayoutConfig()), SPEC, 1000)
+    measured = fingerprint(tokenizer, TEMPLATES["short"], LayoutConfig())
+    drawn = sample_sizes(prepared / "instruct", manifest, measured, SPEC, 1000)
     assert len(drawn) == 80 and set(drawn[:, 1].tolist()) == {0, 4, 8}  # text, one image, two
     foretold = rehearse(drawn, 64, pool=16)
     sources = {"instruct": SourceConfig(path=str(prepared / "instruct"))}
