@@ -15,12 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from vlm_nemo.data.config import LayoutConfig
-from vlm_nemo.data.layout.plan import ImagePlan, Ints, offset
-from vlm_nemo.data.pieces import encode_trusted
-from vlm_nemo.data.positions import grid_positions
+from vlm_nemo.data.layout.plan import ImagePlan
+from vlm_nemo.data.pieces import EncodedText, Writer, write_image, write_ours
 from vlm_nemo.data.sample import (
     BAD_JSON,
     IMAGE_WITHOUT_MARKER,
@@ -30,7 +27,7 @@ from vlm_nemo.data.sample import (
     SampleError,
 )
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.types import IGNORE_INDEX, IMAGE_MARKER
+from vlm_nemo.types import IMAGE_MARKER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,21 +152,6 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedText:
-    """A conversation, or a prompt, as ids; what its images need before it can be decoded is in `plans`."""
-
-    tokens: list[int]
-    labels: list[int]
-    """Not shifted: labels[t] is tokens[t] or IGNORE_INDEX."""
-    plans: tuple[ImagePlan, ...]
-    slots: Ints
-    """See `vlm_nemo.types.Images`."""
-    sources: Ints
-    positions: Ints | None
-    """[3, T] where M-RoPE counts an image's rows and columns; None = 0, 1, 2, … three times."""
-
-
 def encode_conversation(
     messages: Sequence[Message], tokenizer: Tokenizer, template: Template, images: Sequence[ImagePlan]
 ) -> EncodedText:
@@ -269,71 +251,6 @@ def _pieces(messages: Sequence[Message], template: Template) -> Iterator[_Piece]
         yield _Piece(unspoken, False)
 
 
-class _Writer:
-    """Puts tokens, labels, places and positions side by side."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.tokens: list[int] = []
-        self.labels: list[int] = []
-        self._slots: list[Ints] = []
-        self._sources: list[Ints] = []
-        self._plans: list[ImagePlan] = []
-        self._spans: list[tuple[int, int, int]] = []
-        self._text = ""
-        self._follows_text = False
-
-    def text(self, text: str) -> None:
-        """Held back until something else comes, so that neighbours are tokenised as one."""
-        self._text += text
-
-    def special(self, token: int, supervised: bool) -> None:
-        self._put([token], supervised)
-        self._follows_text = False
-
-    def flush(self, supervised: bool) -> None:
-        """Tokenise what was held back."""
-        if self._text:
-            ids = self._tokenizer.encode(self._text, continues=supervised and self._follows_text)
-            self._put(ids, supervised)
-            self._text, self._follows_text = "", True
-
-    def image(self, plan: ImagePlan) -> None:
-        """What stands for an image, without the text before and after it. Never supervised."""
-        start = len(self.tokens)
-        if plan.cross:
-            self._slots.append(np.array([start]))
-            self._put([self._tokenizer.image_id], False)
-        for item in plan.items:
-            if isinstance(item, str):
-                self._put(encode_trusted(item, self._tokenizer), False)
-                continue
-            at, count = len(self.tokens), len(item.sources)
-            token = self._tokenizer.special(item.token) if item.token else self._tokenizer.image_id
-            self._put([token] * count, False)
-            self._slots.append(np.arange(at, at + count))
-        self._sources.append(plan.sources)
-        if plan.span is not None:
-            self._spans.append((start, *plan.span))
-        self._plans.append(plan)
-        self._follows_text = False
-
-    def done(self) -> EncodedText:
-        none = np.zeros(0, dtype=np.int64)
-        return EncodedText(
-            tokens=self.tokens,
-            labels=self.labels,
-            plans=tuple(self._plans),
-            slots=np.concatenate([none, *self._slots]),
-            sources=offset(self._sources, [plan.embeddings for plan in self._plans]),
-            positions=grid_positions(len(self.tokens), self._spans) if self._spans else None,
-        )
-
-    def _put(self, ids: list[int], supervised: bool) -> None:
-        self.tokens += ids
-        self.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-
-
 def _encode(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
@@ -343,11 +260,11 @@ def _encode(
     prompt: bool = False,
 ) -> EncodedText:
     check_images(messages, len(images))
-    writer, plans = _Writer(tokenizer), iter(images)
+    writer, plans = Writer(tokenizer), iter(images)
     if template.images_first:
         leading, messages = _leading_images(messages)
         for _ in range(leading):
-            _write_image(writer, next(plans), tokenizer, False)
+            write_image(writer, next(plans), tokenizer, False)
     if template.bos and tokenizer.bos_id is not None:
         writer.special(tokenizer.bos_id, False)
     pieces = list(_pieces(messages, template))
@@ -356,11 +273,11 @@ def _encode(
     for segments, supervised in pieces:
         for segment, ours in segments:
             if ours:
-                _write_ours(writer, segment, tokenizer, supervised)
+                write_ours(writer, segment, tokenizer, supervised)
                 continue
             for i, text in enumerate(segment.split(IMAGE_MARKER)):
                 if i:
-                    _write_image(writer, next(plans), tokenizer, supervised)
+                    write_image(writer, next(plans), tokenizer, supervised)
                 writer.text(text)
         writer.flush(supervised)
         if supervised:
@@ -377,20 +294,3 @@ def _leading_images(messages: Sequence[Message]) -> tuple[int, list[Message]]:
         rest, count = rest[len(IMAGE_MARKER) :].lstrip("\n"), count + 1
     kept[first] = {"role": kept[first]["role"], "content": rest}
     return count, kept
-
-
-def _write_image(writer: _Writer, plan: ImagePlan, tokenizer: Tokenizer, supervised: bool) -> None:
-    """An image with the text before and behind it, which joins its neighbours."""
-    _write_ours(writer, plan.before, tokenizer, supervised)
-    writer.flush(supervised)
-    writer.image(plan)
-    _write_ours(writer, plan.after, tokenizer, supervised)
-
-
-def _write_ours(writer: _Writer, text: str, tokenizer: Tokenizer, supervised: bool) -> None:
-    for piece in tokenizer.split(text) if text else ():
-        if isinstance(piece, str):
-            writer.text(piece)
-        else:
-            writer.flush(supervised)
-            writer.special(piece, False)

@@ -106,6 +106,7 @@ class TorchBackend:
             views=None if views is None else views.moved(lambda x: x.to(where)),
             image_slots=joined.slots.to(where),
             image_sources=rows_of(joined.sources, int(joined.embeddings.sum())).to(where),
+            image_shares=None if joined.shares is None else joined.shares.to(where),
         )
 
     def _no_rows(self, batch: ModelBatch) -> Tensor:

@@ -35,7 +35,9 @@ class ModelBatch:
     image_slots: Tensor
     """[M] int64: the row's placeholders in order; empty where the row has no images"""
     image_sources: Tensor
-    """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there"""
+    """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there; [M, 4] with shares"""
+    image_shares: Tensor | None = None
+    """[M, 4] float32: how much of each of four rows; None = all of one"""
 
 
 def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, image_token: int) -> int:
@@ -52,10 +54,11 @@ def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, i
     if spec.cross_attention:
         placeholders, merged, whole = int(there.sum()), images.count, bool(there[images.slots].all())
     else:
-        taken = images.sources >= 0
+        first = images.sources if images.shares is None else images.sources[:, 0]
+        taken = first >= 0
         placeholders, merged = int(there.sum()), int(there[images.slots].sum())
         ends = images.embeddings.cumsum(0)
-        seen = torch.bucketize(images.sources[taken], ends, right=True).unique().numel()
+        seen = torch.bucketize(first[taken], ends, right=True).unique().numel()
         whole = bool(there[images.slots[taken]].all()) and seen == images.count
     if placeholders != merged or not whole:
         raise ValueError(
@@ -111,4 +114,5 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
         views=vision_batch(patches, grids, cfg.vision).moved(move),
         image_slots=move(images.slots),
         image_sources=move(rows_of(images.sources, embeddings)),
+        image_shares=None if images.shares is None else move(images.shares),
     )

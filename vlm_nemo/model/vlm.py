@@ -57,7 +57,7 @@ class VLM(MegatronModule):
             if image_rows is None:
                 assert batch.views is not None, "every row of training has a view, were it a blank one"
                 image_rows = self.embed_images(batch.views)
-            x = place_images(x, image_rows, batch.image_slots, batch.image_sources)
+            x = place_images(x, image_rows, batch.image_slots, batch.image_sources, batch.image_shares)
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
         return self.language(
@@ -88,14 +88,15 @@ class VLM(MegatronModule):
         return self.language.shared_embedding_or_output_weight()
 
 
-def place_images(embeds: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
+def place_images(embeds: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, shares: Tensor | None = None) -> Tensor:
     """Put what the images gave where their placeholders are.
 
     embeds: [T, 1, D]; rows: [E + K, D], see `VLM.embed_images`; slots: [M] rows of embeds; sources: [M], which of
-    `rows` stands there. Without placeholders the images are a blank stand-in: it takes part with weight zero, so that
-    its layers still receive (zero) gradients and every rank runs the same collectives. Counts are checked in
-    `model_batch`.
+    `rows` stands there; with shares [M, 4] sources are [M, 4], and the mean of four rows does. Without placeholders
+    the images are a blank stand-in: it takes part with weight zero, so that its layers still receive (zero) gradients
+    and every rank runs the same collectives. Counts are checked in `model_batch`.
     """
     if slots.numel() == 0:
         return embeds + rows.sum().to(embeds.dtype) * 0.0
-    return embeds.index_copy(0, slots, rows[sources].unsqueeze(1).to(embeds.dtype))
+    placed = rows[sources] if shares is None else (rows[sources] * shares.unsqueeze(-1).to(rows.dtype)).sum(1)
+    return embeds.index_copy(0, slots, placed.unsqueeze(1).to(embeds.dtype))

@@ -338,14 +338,16 @@ def _replaced(pair: Pair) -> set[int]:
 def _check_pixels(pair: Pair, images: list[bytes], expected: dict[str, Any]) -> None:
     if not images or pair.family.layout.kind == "native":  # in its own order: test_pixels
         return
-    theirs = np.asarray(expected["pixel_values"])
+    found = np.asarray(expected["pixel_values"])
     ours = [views(data, pair.spec) for data in images]
+    ends = np.cumsum([len(v) for v in ours])[:-1]
+    theirs = list(found)
     if pair.family.layout.kind == "canvas":
-        theirs = theirs[0]
-    elif pair.family.layout.kind in ("tiles", "ovis") or theirs.ndim == 4:
-        theirs = [part for part in np.split(theirs, np.cumsum([len(v) for v in ours])[:-1])]
+        theirs = list(found[0])
+    elif pair.family.layout.kind in ("tiles", "ovis") or found.ndim == 4:
+        theirs = np.split(found, ends)
     elif pair.family.layout.kind == "rows":
-        theirs = np.split(theirs[0], np.cumsum([len(v) for v in ours])[:-1])
+        theirs = np.split(found[0], ends)
     for mine, other in zip(ours, theirs, strict=True):
         for view, expected_view in zip(mine, as_levels(other), strict=False):  # theirs is filled up with blank views
             assert np.abs(view - expected_view).max() < 0.01
