@@ -172,7 +172,8 @@ def test_through_the_cache(chunk: VLM) -> None:
 
 def images_of(samples: list[Sample]) -> Any:
     found = pictures(samples)
-    return replace(found, **{field.name: getattr(found, field.name).numpy() for field in fields(found)})
+    arrays = {field.name: getattr(found, field.name) for field in fields(found)}
+    return replace(found, **{name: x.numpy() for name, x in arrays.items() if x is not None})
 
 
 def whole(chunk: VLM, samples: list[Sample]) -> np.ndarray:
