@@ -27,10 +27,12 @@ def twin(cfg: ModelConfig) -> ModelConfig:
         cfg.layout,
         pinpoints=[[round(h * scale), round(w * scale)] for h, w in cfg.layout.pinpoints],
         longest_edge=None if cfg.layout.longest_edge is None else round(cfg.layout.longest_edge * scale),
-        min_pixels=(2 * vision.patch_size * _factor(cfg)) ** 2,
-        max_pixels=(8 * vision.patch_size * _factor(cfg)) ** 2,
-        max_tiles=min(cfg.layout.max_tiles, 4),
     )
+    if layout.kind == "native":
+        side = vision.patch_size * _factor(cfg)
+        layout = replace(layout, min_pixels=(2 * side) ** 2, max_pixels=(8 * side) ** 2)
+    if layout.kind in ("tiles", "canvas", "ovis"):
+        layout = replace(layout, max_tiles=min(layout.max_tiles, 4))
     language = _language(cfg.language)
     projector = _projector(cfg.projector, vision.hidden_size, cfg)
     return replace(
