@@ -1,7 +1,7 @@
 """Writes docs/families.md: what each family is made of, and how far it is from transformers' class.
 
-    python docs/families.py             the table from conf/model and the families; parity as it was last measured
-    python docs/families.py --measure   measure parity too: tiny random models, two conversations, fp32 (a minute)
+python docs/families.py             the table from conf/model and the families; parity as it was last measured
+python docs/families.py --measure   measure parity too: tiny random models, two conversations, fp32 (a minute)
 """
 
 from __future__ import annotations

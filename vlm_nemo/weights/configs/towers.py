@@ -194,8 +194,9 @@ VARIANTS: dict[str, Form] = {
         patch_size=14,
     ),
     "ovis2": replace(
-        _defaults(FORMS["aimv2"], image_size=224),
+        FORMS["aimv2"],
         model_types=("ovis2_vision", ""),
+        demands={name: allowed for name, allowed in FORMS["aimv2"].demands.items() if name != "is_native"},
     ),
     "idefics3": replace(
         _defaults(FORMS["siglip"], hidden_size=1152, num_attention_heads=16, patch_size=32),
