@@ -25,12 +25,6 @@ from vlm_nemo.weights.tables import naming_of
 Sizes = list[tuple[int, int]]
 SIZES: dict[str, Sizes] = {"none": [], "one": [(37, 23)], "two": [(21, 41), (50, 30)]}
 """Width and height of the images of a conversation: odd ones."""
-SMALL: dict[str, Sizes] = {"none": [], "one": [(21, 15)], "two": [(13, 22), (20, 9)]}
-"""Of LLaVA-OneVision, whose larger ones would be scaled down behind the tower."""
-
-
-def sizes_of(cfg: ModelConfig) -> dict[str, Sizes]:
-    return SMALL if cfg.family == "llava_onevision" else SIZES
 
 
 def png(width: int, height: int, seed: int) -> bytes:

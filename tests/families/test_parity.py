@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.families.pairs import copy_weights, hf_inputs, hf_logits, sample, sizes_of
+from tests.families.pairs import SIZES, copy_weights, hf_inputs, hf_logits, sample
 from tests.ranks import run_ranks
 from tests.weights import zoo
 from vlm_nemo.data.packing import pack_batch
@@ -50,9 +50,8 @@ def packed(cfg: ModelConfig, words: Tokenizer, samples: list[EncodedSample], pad
 
 def expected(cfg: ModelConfig, words: Tokenizer, theirs: Any) -> tuple[list[EncodedSample], list[Tensor]]:
     """Conversations without, with one and with two images, and transformers' logits [T, V] of each."""
-    sizes = sizes_of(cfg)
-    samples = [sample(cfg, words, own) for own in sizes.values()]
-    logits = [hf_logits(theirs, cfg, s, own, words.image_id) for s, own in zip(samples, sizes.values(), strict=True)]
+    samples = [sample(cfg, words, own) for own in SIZES.values()]
+    logits = [hf_logits(theirs, cfg, s, own, words.image_id) for s, own in zip(samples, SIZES.values(), strict=True)]
     return samples, logits
 
 
@@ -81,7 +80,7 @@ def test_transformers_own_loss_is_ours(name: str) -> None:
     cfg, words, theirs = pair(name)
     chunks = build_model(cfg, ParallelConfig(), "fp32", 0)
     copy_weights(theirs, chunks, cfg)
-    sizes = sizes_of(cfg)["one"]
+    sizes = SIZES["one"]
     one = sample(cfg, words, sizes)
     row = packed(cfg, words, [one])
     loss = (chunks[0].eval()(row)[0] * row.loss_mask[0]).sum() / row.loss_mask.sum()
