@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.types import UserError
+from vlm_nemo.weights.alone import ALONE, Alone
 from vlm_nemo.weights.configs.common import Words, differing, special_ids
 from vlm_nemo.weights.configs.forms import misfits, refuse
 from vlm_nemo.weights.configs.internvl import read_remote
 from vlm_nemo.weights.configs.languages import fitting_language, read_language, write_language
 from vlm_nemo.weights.configs.towers import VARIANTS, fitting_tower, read_tower, write_tower
-from vlm_nemo.weights.families import ALONE, FAMILIES, Alone, Family
+from vlm_nemo.weights.families import FAMILIES, Family
 from vlm_nemo.weights.preprocessing import read_preprocessing
 
 if TYPE_CHECKING:

@@ -1,118 +1,15 @@
-"""The families as data: which class and files of Hugging Face's, which parts, which names, which switches.
-
-"Hub names" are the keys of the files that a family is published with; other tools read these. transformers 5 writes
-others (it leaves out `vision_model.`), and has others again in memory. Every spelling is read, the hub's is written.
-Inside, a tensor goes by its part and the name that it has where that part stands alone (`weights.names`).
-"""
+"""The families as data: which class and files of Hugging Face's, which parts, which names, which switches."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.weights.configs import blip, gemma, idefics, internvl, llava, ovis, qwen_vl
 from vlm_nemo.weights.configs.common import Words
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prefix:
-    """The beginning of some names."""
-
-    part: str
-    """vision | projector | language"""
-    alone: str
-    """Where the part stands alone."""
-    spelled: tuple[str, ...]
-    """In files: the hub's first, it is the one that is written."""
-
-
-Prefixes = tuple[Prefix, ...]
-Name = tuple[str, str]
-"""(part, name where the part stands alone)"""
-
-
-def spelled(prefixes: Prefixes, part: str, name: str) -> str:
-    """("vision", "embeddings.class_embedding") -> "vision_tower.vision_model.embeddings.class_embedding" """
-    fitting = [p for p in prefixes if p.part == part and name.startswith(p.alone)]
-    best = max(fitting, key=lambda p: len(p.alone))
-    return best.spelled[0] + name.removeprefix(best.alone)
-
-
-def understood(prefixes: Prefixes, key: str) -> Name | None:
-    """The inverse, for every spelling; None for a key of no part."""
-    fitting = [(s, p) for p in prefixes for s in p.spelled if key.startswith(s)]
-    if not fitting:
-        return None
-    start, best = max(fitting, key=lambda pair: len(pair[0]))
-    return best.part, best.alone + key.removeprefix(start)
-
-
-def _language(*models: str, heads: tuple[str, ...]) -> Prefixes:
-    return (
-        Prefix(part="language", alone="model.", spelled=models),
-        Prefix(part="language", alone="lm_head.", spelled=heads),
-    )
-
-
-_DECODER = _language("model.", heads=("lm_head.",))
-_UNDER_LLAVA = _language(
-    "language_model.model.", "model.language_model.", heads=("language_model.lm_head.", "lm_head.")
-)
-_LLAVA_PROJECTOR = Prefix(
-    part="projector", alone="", spelled=("multi_modal_projector.", "model.multi_modal_projector.")
-)
-_NEWLINE = Prefix(part="projector", alone="image_newline", spelled=("image_newline", "model.image_newline"))
-_UNDER_VISION_MODEL = Prefix(
-    part="vision",
-    alone="",
-    spelled=(
-        "vision_tower.vision_model.",
-        "vision_tower.",
-        "model.vision_tower.vision_model.",
-        "model.vision_tower.",
-    ),
-)
-
-PREFIXES: dict[str, Prefixes] = {
-    "llava": (_UNDER_VISION_MODEL, _LLAVA_PROJECTOR, *_UNDER_LLAVA),
-    "llava_next": (_UNDER_VISION_MODEL, _LLAVA_PROJECTOR, _NEWLINE, *_UNDER_LLAVA),
-    "internvl": (
-        Prefix(part="vision", alone="", spelled=("vision_tower.", "model.vision_tower.")),
-        _LLAVA_PROJECTOR,
-        *_UNDER_LLAVA,
-    ),
-    "internvl_remote": (
-        Prefix(part="vision", alone="", spelled=("vision_model.",)),
-        Prefix(part="projector", alone="", spelled=("mlp1.",)),
-        *_UNDER_LLAVA,
-    ),
-    "qwen2_vl": (
-        Prefix(part="vision", alone="", spelled=("visual.", "model.visual.")),
-        Prefix(part="projector", alone="", spelled=("visual.merger.", "model.visual.merger.")),
-        *_language("model.", "model.language_model.", heads=("lm_head.",)),
-    ),
-    "ovis2": (
-        Prefix(part="vision", alone="", spelled=("model.vision_tower.transformer.",)),
-        Prefix(part="projector", alone="head_", spelled=("model.vision_tower.head_",)),
-        Prefix(part="projector", alone="visual_embeddings_table.", spelled=("model.visual_embeddings_table.",)),
-        *_language("model.language_model.", heads=("lm_head.",)),
-    ),
-    "idefics3": (
-        Prefix(part="vision", alone="", spelled=("model.vision_model.",)),
-        Prefix(part="projector", alone="", spelled=("model.connector.",)),
-        *_language("model.text_model.", heads=("lm_head.",)),
-    ),
-    "blip2": (
-        Prefix(part="vision", alone="", spelled=("vision_model.",)),
-        Prefix(part="projector", alone="query_tokens", spelled=("query_tokens",)),
-        Prefix(part="projector", alone="qformer.", spelled=("qformer.",)),
-        Prefix(part="projector", alone="language_projection.", spelled=("language_projection.",)),
-        *_language("language_model.model.", heads=("language_model.lm_head.",)),
-    ),
-}
+from vlm_nemo.weights.spelling import PREFIXES, Prefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +62,27 @@ _CLIP_LIKE = dict(
     vision={"post_norm": False},
 )
 _MLP_FREE = frozenset({"num_layers", "activation", "bias"})
+
+_IDEFICS3 = Family(
+    architecture="Idefics3ForConditionalGeneration",
+    model_type="idefics3",
+    processor="Idefics3Processor",
+    image_processor="Idefics3ImageProcessor",
+    prefixes=PREFIXES["idefics3"],
+    towers=("siglip",),
+    languages=idefics.LANGUAGES,
+    projector="idefics3",
+    template="idefics3",
+    read=idefics.read,
+    write=idefics.write,
+    vision={"feature_layer": -1, "post_norm": True},
+    layout={"kind": "rows"},
+    reduce={"kind": "pixel_shuffle"},
+    projection=idefics.PROJECTOR,
+    tower_variant="idefics3",
+    image_text="<image>",
+    images_first=False,
+)
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(
@@ -317,45 +235,14 @@ FAMILIES: dict[str, Family] = {
             "image_token": "<image_soft_token>",
         },
     ),
-    "idefics3": Family(
-        architecture="Idefics3ForConditionalGeneration",
-        model_type="idefics3",
-        processor="Idefics3Processor",
-        image_processor="Idefics3ImageProcessor",
-        prefixes=PREFIXES["idefics3"],
-        towers=("siglip",),
-        languages=idefics.LANGUAGES,
-        projector="idefics3",
-        template="idefics3",
-        read=idefics.read,
-        write=idefics.write,
-        vision={"feature_layer": -1, "post_norm": True},
-        layout={"kind": "rows"},
-        reduce={"kind": "pixel_shuffle"},
-        projection=idefics.PROJECTOR,
-        tower_variant="idefics3",
-        image_text="<image>",
-        images_first=False,
-    ),
-    "smolvlm": Family(
+    "idefics3": _IDEFICS3,
+    "smolvlm": replace(
+        _IDEFICS3,
         architecture="SmolVLMForConditionalGeneration",
         model_type="smolvlm",
         processor="SmolVLMProcessor",
         image_processor="SmolVLMImageProcessor",
-        prefixes=PREFIXES["idefics3"],
-        towers=("siglip",),
-        languages=idefics.LANGUAGES,
-        projector="idefics3",
-        template="idefics3",
-        read=idefics.read,
-        write=idefics.write,
-        vision={"feature_layer": -1, "post_norm": True},
-        layout={"kind": "rows"},
-        reduce={"kind": "pixel_shuffle"},
-        projection=idefics.PROJECTOR,
         tower_variant="smolvlm",
-        image_text="<image>",
-        images_first=False,
     ),
     "blip2": Family(
         architecture="Blip2ForConditionalGeneration",
@@ -388,75 +275,6 @@ FAMILIES: dict[str, Family] = {
 }
 """By ModelConfig.family."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Alone:
-    """A class of Hugging Face's that is one part of ours."""
-
-    part: str
-    kind: str
-    """Name in names.towers.TOWERS or configs.languages.FORMS."""
-    prefixes: Prefixes
-    left_out: str | None = None
-    """Pattern of what a folder holds beside the part (CLIP's text tower)."""
-    section: str | None = None
-    """Where config.json has the part's own fields."""
-
-
-def _tower(*starts: str) -> Prefixes:
-    return (Prefix(part="vision", alone="", spelled=starts),)
-
-
-_TEXT_TOWER = r"(text_model|text_projection|visual_projection)\.|logit_scale$|logit_bias$"
-# transformers 5 writes the towers without any prefix
-_TWO_TOWERS = _tower("vision_model.", "", "vision_model.vision_model.")
-_AIMV2 = (
-    Prefix(
-        part="vision",
-        alone="embeddings.patch_embedding.",
-        spelled=("embeddings.patch_embed.", "vision_model.embeddings.patch_embed."),
-    ),
-    *_tower("", "vision_model."),
-)
-
-ALONE: dict[str, Alone] = {
-    "CLIPVisionModel": Alone(part="vision", kind="clip", prefixes=_TWO_TOWERS),
-    "CLIPVisionModelWithProjection": Alone(
-        part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=r"visual_projection\."
-    ),
-    "CLIPModel": Alone(part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"),
-    "SiglipVisionModel": Alone(part="vision", kind="siglip", prefixes=_TWO_TOWERS),
-    "SiglipModel": Alone(
-        part="vision", kind="siglip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"
-    ),
-    "InternVLVisionModel": Alone(part="vision", kind="internvit", prefixes=_tower("")),
-    "Aimv2VisionModel": Alone(part="vision", kind="aimv2", prefixes=_AIMV2),
-    "Aimv2Model": Alone(part="vision", kind="aimv2", prefixes=_AIMV2, left_out=_TEXT_TOWER, section="vision_config"),
-    "LlamaForCausalLM": Alone(part="language", kind="llama", prefixes=_DECODER),
-    "MistralForCausalLM": Alone(part="language", kind="mistral", prefixes=_DECODER),
-    "Qwen2ForCausalLM": Alone(part="language", kind="qwen2", prefixes=_DECODER),
-    "Qwen3ForCausalLM": Alone(part="language", kind="qwen3", prefixes=_DECODER),
-    "Gemma3ForCausalLM": Alone(part="language", kind="gemma3", prefixes=_DECODER),
-}
-"""By architecture. The first of each kind is the one that is written."""
-
-MODEL_TYPES: dict[str, str] = {
-    **{family.model_type: family.architecture for family in FAMILIES.values()},
-    "clip": "CLIPModel",
-    "clip_vision_model": "CLIPVisionModel",
-    "siglip": "SiglipModel",
-    "siglip_vision_model": "SiglipVisionModel",
-    "internvl_vision": "InternVLVisionModel",
-    "aimv2": "Aimv2Model",
-    "aimv2_vision_model": "Aimv2VisionModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-"""For a config.json that names no architecture."""
-
 REMOTE = {"InternVLChatModel": "internvl"}
 """Architectures of other people's code that are read: the family that they become."""
 
@@ -464,7 +282,3 @@ REMOTE = {"InternVLChatModel": "internvl"}
 def family_of(architecture: str) -> str | None:
     """The family's name; None for a part alone or a stranger."""
     return next((name for name, family in FAMILIES.items() if family.architecture == architecture), None)
-
-
-def left_out(alone: Alone, key: str) -> bool:
-    return alone.left_out is not None and re.match(alone.left_out, key) is not None

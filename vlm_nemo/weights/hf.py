@@ -20,26 +20,17 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.train import tensors
 from vlm_nemo.types import UserError
+from vlm_nemo.weights.alone import ALONE, MODEL_TYPES, left_out
 from vlm_nemo.weights.config import model_config_of
 from vlm_nemo.weights.configs.languages import TIED
-from vlm_nemo.weights.families import (
-    ALONE,
-    FAMILIES,
-    MODEL_TYPES,
-    PREFIXES,
-    REMOTE,
-    Name,
-    Prefixes,
-    family_of,
-    left_out,
-    understood,
-)
+from vlm_nemo.weights.families import FAMILIES, REMOTE, family_of
 from vlm_nemo.weights.names.languages import EMBEDDING, EMBEDDING_NAME, HEAD_NAME
 from vlm_nemo.weights.names.projectors import PROJECTORS
 from vlm_nemo.weights.names.rows import Entry
 from vlm_nemo.weights.names.towers import TOWERS
 from vlm_nemo.weights.shapes import expected_shapes
 from vlm_nemo.weights.shards import INDEX, SINGLE
+from vlm_nemo.weights.spelling import PREFIXES, Name, Prefixes, understood
 from vlm_nemo.weights.tables import (
     Naming,
     exported_vision,

@@ -9,13 +9,15 @@ from vlm_nemo.model.config import ModelConfig, VisionConfig
 from vlm_nemo.model.vision import layers_used
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.types import UserError
+from vlm_nemo.weights.alone import ALONE
 from vlm_nemo.weights.configs.languages import fitting_language
 from vlm_nemo.weights.configs.towers import fitting_tower
-from vlm_nemo.weights.families import ALONE, FAMILIES, Name, Prefixes, spelled, understood
+from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.names.languages import DECODER, HEAD_NAME
 from vlm_nemo.weights.names.projectors import PROJECTORS
 from vlm_nemo.weights.names.rows import LAYER, Entry, Table
 from vlm_nemo.weights.names.towers import TOWERS
+from vlm_nemo.weights.spelling import Name, Prefixes, spelled, understood
 from vlm_nemo.weights.transforms import Sizes
 
 SHOWN = 8

@@ -80,7 +80,7 @@ class Entry:
     part: str
     ours: str
     theirs: tuple[str, ...]
-    """Names inside the part; `families.Spelling` makes a file's names of them."""
+    """Names inside the part; `spelling.spelled` makes a file's names of them."""
     transform: Transform
     sizes: Sizes
 
