@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from tests.squares import squares
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.model.batch import tensors
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from vlm_nemo.types import IGNORE_INDEX, PackedBatch
+from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
 IMAGE, PAD = 3, 0
 TOKENS_PER_IMAGE = 4
@@ -14,8 +17,9 @@ TOKENS_PER_IMAGE = 4
 def tiny_model(**language: object) -> ModelConfig:
     """Four language layers (so that pipeline x virtual = 4 fits), four heads, images of four patches."""
     return ModelConfig(
+        layout=LayoutConfig(aspect="squash"),
         vision=VisionConfig(
-            image_size=16, patch_size=8, hidden_size=16, num_layers=3, num_heads=4, ffn_hidden_size=32, aspect="squash"
+            image_size=16, patch_size=8, hidden_size=16, num_layers=3, num_heads=4, ffn_hidden_size=32
         ),
         projector=ProjectorConfig(),
         language=LanguageConfig(
@@ -43,6 +47,13 @@ def sample(seed: int, length: int, images: int = 1) -> tuple[torch.Tensor, torch
     return tokens, labels, torch.randint(0, 256, (images, 3, 16, 16), generator=g, dtype=torch.uint8)
 
 
+def images(tokens: torch.Tensor, pixels: torch.Tensor) -> Images[torch.Tensor]:
+    """[n, 3, 16, 16], in the placeholders' places."""
+    found = squares(pixels.numpy(), tokens.tolist(), IMAGE, patch=8)
+    assert found is not None
+    return tensors(found)
+
+
 def row(samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], capacity: int) -> PackedBatch:
     """Pack samples side by side, without the project's own packer, so that it can be a witness."""
     lengths = [len(s[0]) for s in samples]
@@ -58,7 +69,7 @@ def row(samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], capacity
         labels=torch.cat([*(s[1] for s in samples), torch.full((tail,), IGNORE_INDEX)]),
         positions=positions.expand(3, -1).contiguous(),
         cu_seqlens=torch.tensor(cu, dtype=torch.int32),
-        images=torch.cat([s[2] for s in samples]),
+        images=images(torch.cat([s[0] for s in samples]), torch.cat([s[2] for s in samples])),
         samples=len(samples),
         used_tokens=used,
     )

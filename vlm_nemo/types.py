@@ -4,8 +4,10 @@
 |--------|-------------------------------------------|
 | T      | tokens of a packed row (constant)         |
 | S      | segments (samples, then padding) of a row |
-| N      | images of a row                           |
-| P      | embeddings of one image                   |
+| V      | views (squares, or whole images) of a row |
+| P      | patches of all views of a row             |
+| E      | embeddings that the views give            |
+| M      | placeholders of a row                     |
 | D      | width of an embedding                     |
 
 Letters name logical dimensions; sharding never renames them.
@@ -13,11 +15,15 @@ Letters name logical dimensions; sharding never renames them.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Array = TypeVar("Array", bound=Sized)
+"""NDArray where threads decode and where a server has no torch; Tensor in a PackedBatch."""
 
 IGNORE_INDEX = -100
 """A label that takes no part in the loss (the value that PyTorch and Hugging Face use)."""
@@ -28,6 +34,37 @@ IMAGE_MARKER = "<image>"
 
 class UserError(Exception):
     """Something the user can mend: a key, a file, a layout. Shown as one line on one rank; exit code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Generic[Array]):
+    """The pictures of a row (or a sample, or a prompt), cut into patches, in the order of their placeholders.
+
+    An image is one view or several (tiles, a thumbnail); a view is a grid of patches. The tower and the projector make
+    E embeddings of all views, one view after the other; what stands at which placeholder is said by `sources`:
+
+        slots    [2 3 4 5 6]      rows of the text: placeholders
+        sources  [0 1 -1 2 3]     embedding 0, embedding 1, extra row 0 (LLaVA-NeXT's newline), embedding 2, 3
+
+    Two images: the second one's sources go on behind the first one's embeddings.
+    """
+
+    patches: Array
+    """[P, p*p*3] uint8: row by row in a view; inside a patch row by row, the colours of a pixel side by side"""
+    grids: Array
+    """[V, 2] int64: rows and columns of patches of every view"""
+    views: Array
+    """[N] int64: views of every image"""
+    slots: Array
+    """[M] int64, ascending: places in the row's (sample's, prompt's) tokens; for a decoder that looks at images by
+    cross-attention [N], the places of the image tokens, and no sources"""
+    sources: Array
+    """[M] int64: >= 0 an embedding, -1 - k the projector's extra row k"""
+
+    @property
+    def count(self) -> int:
+        """Images, N."""
+        return len(self.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +79,15 @@ class PackedBatch:
     """
 
     tokens: Tensor
-    """[T] int64; an image is P placeholders in a row."""
+    """[T] int64; an image is placeholders, with the special tokens of its layout around and between them."""
     labels: Tensor
     """[T] int64"""
     positions: Tensor
     """[3, T] int64"""
     cu_seqlens: Tensor
     """[S+1] int32, from 0 to T"""
-    images: Tensor
-    """[N, 3, H, W] uint8, in the order of their placeholders"""
+    images: Images[Tensor]
+    """What the vision tower gets, and where it goes."""
     samples: int
     """Samples in the row."""
     used_tokens: int

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_nemo.data.layout import ImageSpec
+from tests.squares import squares
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.backend import Row
+from vlm_nemo.types import Images
 
-SPEC = ImageSpec(size=16, tokens=4, aspect="squash", mean=(0.5, 0.5, 0.5))
+SPEC = image_spec(LayoutConfig(aspect="squash"), size=16, patch=8)
+PER_IMAGE = 4
+"""Embeddings."""
 WIDTH, LAYERS = 16, 2
 TEXTS = ["what is this? a red circle", "two blue squares, one über café 日本", "is it <|end|> or not"] * 20
 
@@ -35,20 +41,19 @@ class Weights:
         self.vision = random.normal(size=(3, WIDTH)) / 60
         self.head = random.normal(size=(WIDTH, vocab)) / 2
 
-    def embed(self, tokens: Sequence[int], images: NDArray[np.uint8] | None) -> NDArray[np.float64]:
+    def embed(self, tokens: Sequence[int], images: Images[NDArray[Any]] | None) -> NDArray[np.float64]:
         """[n, WIDTH]. Raises ValueError with both counts where placeholders and images disagree."""
         ids = np.array(tokens)
         x = self.embedding[ids].copy()
         where = ids == self.image_id
-        count = 0 if images is None else len(images)
-        if where.sum() != count * SPEC.tokens:
-            raise ValueError(f"{where.sum()} placeholders, {count} images of {SPEC.tokens}")
+        count = 0 if images is None else images.count
+        if where.sum() != count * PER_IMAGE:
+            raise ValueError(f"{where.sum()} placeholders, {count} images of {PER_IMAGE}")
         if images is not None and count:
-            quarters = images.reshape(count, 3, 2, 8, 2, 8).mean((3, 5)).reshape(count, 3, 4).transpose(0, 2, 1)
-            x[where] = quarters.reshape(-1, 3) @ self.vision
+            x[where] = images.patches.reshape(-1, 64, 3).mean(1) @ self.vision
         return x
 
-    def whole(self, tokens: Sequence[int], images: NDArray[np.uint8] | None) -> NDArray[np.float32]:
+    def whole(self, tokens: Sequence[int], images: Images[NDArray[Any]] | None) -> NDArray[np.float32]:
         """Logits after the last token, [V], without any cache: the witness."""
         x = self.embed(tokens, images) + self.positions[: len(tokens)]
         hidden = np.tril(np.ones((len(tokens), len(tokens)))) == 0
@@ -108,6 +113,6 @@ class ScriptBackend:
         return logits
 
 
-def pixels(seed: int, count: int) -> NDArray[np.uint8]:
-    """[count, 3, 16, 16]"""
-    return np.random.default_rng(seed).integers(0, 256, (count, 3, 16, 16)).astype(np.uint8)
+def pictures(seed: int, count: int) -> Images[NDArray[Any]] | None:
+    """Of 16 x 16."""
+    return squares(np.random.default_rng(seed).integers(0, 256, (count, 3, 16, 16)).astype(np.uint8))

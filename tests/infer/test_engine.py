@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.infer.fakes import SPEC, NumpyBackend, ScriptBackend, Weights, pixels
+from tests.infer.fakes import PER_IMAGE, NumpyBackend, ScriptBackend, Weights, pictures
 from vlm_nemo.data.sample import BROKEN_IMAGE, SampleError
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.engine import Engine, Event, Prompt, RequestOutput, SamplingParams
@@ -27,8 +27,8 @@ def prompt(tokenizer: Tokenizer, seed: int, text: int, images: int = 0) -> Promp
     ids = np.random.default_rng(seed).integers(4, tokenizer.vocab_size, text).tolist()
     tokens = [tokenizer.bos_id]
     for i in range(images):
-        tokens += [ids[i % text], *[tokenizer.image_id] * SPEC.tokens]
-    return Prompt(tokens=tokens + ids, images=partial(pixels, seed, images), image_count=images)
+        tokens += [ids[i % text], *[tokenizer.image_id] * PER_IMAGE]
+    return Prompt(tokens=tokens + ids, images=partial(pictures, seed, images), image_count=images)
 
 
 def by_hand(weights: Weights, tokenizer: Tokenizer, asked: Prompt, params: SamplingParams, index: int = 0) -> list[int]:
@@ -131,9 +131,9 @@ def test_a_step_runs_the_backend_twice_at_most_and_bounds_new_prompts(engine: En
 def test_more_answers_than_slots(engine: Engine, weights: Weights, tokenizer: Tokenizer) -> None:
     asked, calls = prompt(tokenizer, 4, 6, 1), []
 
-    def images() -> np.ndarray:
+    def images() -> Images[Any] | None:
         calls.append(1)
-        return pixels(4, 1)
+        return pictures(4, 1)
 
     params = SamplingParams(n=8, temperature=1.5, seed=-3, max_tokens=4)
     (output,) = engine.generate([replace(asked, images=images)], params)
@@ -234,7 +234,7 @@ def test_logprobs_are_those_of_the_raw_logits(engine: Engine, weights: Weights, 
         (Prompt(tokens=[1, -1]), SamplingParams(), "token -1"),
         (Prompt(tokens=[1, 3, 3]), SamplingParams(), "2 image placeholders for 0 images"),
         (Prompt(tokens=[1, 5], image_count=1), SamplingParams(), "0 image placeholders for 1 images"),
-        (Prompt(tokens=[3, 3, 3], image_count=2), SamplingParams(), "3 image placeholders for 2 images"),
+        (Prompt(tokens=[3, 5], image_count=2), SamplingParams(), "1 image placeholders for 2 images"),
         (Prompt(tokens=[3] * 12, image_count=3), SamplingParams(), r"At most 2 image\(s\) may be provided"),
         (Prompt(tokens=[1]), SamplingParams(temperature=3), "temperature"),
     ],
@@ -259,9 +259,9 @@ def test_a_full_slot_works_to_its_last_token(engine: Engine, weights: Weights, t
 def test_a_broken_image_ends_its_own_request_alone(engine: Engine, tokenizer: Tokenizer) -> None:
     good = [prompt(tokenizer, 1, 5, 1), prompt(tokenizer, 2, 5, 0)]
     bad = replace(prompt(tokenizer, 3, 5, 1), images=broken)
-    fewer = replace(prompt(tokenizer, 3, 5, 2), images=lambda: pixels(0, 1))
+    fewer = replace(prompt(tokenizer, 3, 5, 2), images=lambda: pictures(0, 1))
     gone = replace(prompt(tokenizer, 3, 5, 1), images=lambda: open("/nowhere/a.png"))  # type: ignore[arg-type,return-value]
-    misfit = Prompt(tokens=[1, *[tokenizer.image_id] * 3, 9], images=lambda: pixels(0, 1), image_count=1)
+    misfit = Prompt(tokens=[1, *[tokenizer.image_id] * 3, 9], images=lambda: pictures(0, 1), image_count=1)
     params = SamplingParams(n=2, max_tokens=4)
     alone = engine.generate(good, params)
     outputs = engine.generate([good[0], bad, fewer, misfit, gone, good[1]], params)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.export.twin import CAPACITY, TransformersReference, prompts
+from tests.squares import squares
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.bundle import open_bundle
 from vlm_nemo.infer.onnx_backend import OnnxBackend
@@ -30,6 +31,7 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocked())
 import numpy as np
+from tests.squares import squares
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.bundle import open_bundle
 from vlm_nemo.infer.onnx_backend import OnnxBackend
@@ -39,7 +41,8 @@ given = np.load(sys.argv[2])
 rows, answers = [], []
 for slot in range(3):
     images = given[f"images{slot}"]
-    rows.append(Row(slot=slot, start=0, tokens=given[f"tokens{slot}"].tolist(), images=images if len(images) else None))
+    tokens = given[f"tokens{slot}"].tolist()
+    rows.append(Row(slot=slot, start=0, tokens=tokens, images=squares(images, tokens) if len(images) else None))
     answers.append([])
 for step in range(int(sys.argv[3])):
     chosen = backend.run(rows).argmax(-1).tolist()
@@ -79,12 +82,12 @@ def test_a_sequence_does_not_see_its_mates_nor_who_had_its_slot(exported: Path) 
     for slot in range(4):
         filler = np.full(CAPACITY, 5 + slot).tolist()
         crowded.run([Row(slot=slot, start=0, tokens=filler)])
-    a = alone.run([Row(slot=0, start=0, tokens=tokens.tolist(), images=images)])[0]
+    a = alone.run([Row(slot=0, start=0, tokens=tokens.tolist(), images=squares(images, tokens))])[0]
     # A mate that lives between the two slots that decode, and is not named while they do
     mate = Row(slot=1, start=0, tokens=others[0][0].tolist())
-    b = crowded.run([mate, Row(slot=2, start=0, tokens=tokens.tolist(), images=images)])[1]
+    b = crowded.run([mate, Row(slot=2, start=0, tokens=tokens.tolist(), images=squares(images, tokens))])[1]
     assert np.abs(a - b).max() < 1e-5
-    crowded.run([Row(slot=0, start=0, tokens=others[2][0].tolist(), images=others[2][1])])
+    crowded.run([Row(slot=0, start=0, tokens=others[2][0].tolist(), images=squares(others[2][1], others[2][0]))])
     for step, token in enumerate((7, 9, 11)):
         start = len(tokens) + step
         a = alone.run([Row(slot=0, start=start, tokens=[token])])[0]
@@ -112,7 +115,7 @@ def test_what_does_not_fit_is_refused_before_the_cache_is_touched(exported: Path
     backend = OnnxBackend(open_bundle(exported))
     images = np.zeros((2, 3, 16, 16), dtype=np.uint8)
     with pytest.raises(ValueError, match=r"4 image placeholders but 2 images of 4 embeddings \(8\)"):
-        backend.run([Row(slot=0, start=0, tokens=[3, 3, 3, 3, 9], images=images)])
+        backend.run([Row(slot=0, start=0, tokens=[3, 3, 3, 3, 9], images=squares(images))])
     with pytest.raises(ValueError, match="1 tokens behind 48 of 48"):
         backend.run([Row(slot=0, start=CAPACITY, tokens=[5])])
     with pytest.raises(ValueError, match="slot 4 of 4"):

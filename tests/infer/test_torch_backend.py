@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from numpy.typing import NDArray
 
 from tests import tiny
 from tests.ranks import run_ranks
+from tests.squares import squares
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.torch_backend import TorchBackend
-from vlm_nemo.model.batch import model_batch
+from vlm_nemo.model.batch import model_batch, tensors
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 PROMPTS = [(1, 9, 1), (2, 17, 2), (3, 5, 0), (4, 30, 1)]
 """seed, tokens, images"""
@@ -38,17 +41,19 @@ def backend_of(chunk: VLM, parallel: ParallelConfig | None = None, slots: int = 
     return TorchBackend(chunk, tiny.tiny_model(), ranks, tiny.IMAGE, slots, 64)
 
 
-def prompt(seed: int, length: int, images: int) -> tuple[list[int], NDArray[np.uint8]]:
+def prompt(seed: int, length: int, images: int) -> tuple[list[int], Images[Any]]:
     tokens, _, pixels = tiny.sample(seed, length, images)
-    return tokens.tolist(), pixels.numpy()
+    found = squares(pixels.numpy(), tokens.tolist(), tiny.IMAGE)
+    assert found is not None
+    return tokens.tolist(), found
 
 
 @torch.no_grad()
-def without_cache(chunk: VLM, tokens: list[int], images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def without_cache(chunk: VLM, tokens: list[int], images: Images[Any]) -> NDArray[np.float32]:
     """The logits after the last token, by one training-like forward."""
-    sample = (torch.tensor(tokens), torch.full((len(tokens),), -100), torch.from_numpy(images))
-    row = tiny.row([sample], len(tokens))
-    batch = model_batch(row, image_token=tiny.IMAGE, tokens_per_image=4, image_size=16, device=device.device())
+    sample = (torch.tensor(tokens), torch.full((len(tokens),), -100), torch.zeros(0, 3, 16, 16).byte())
+    row = replace(tiny.row([sample], len(tokens)), images=tensors(images))
+    batch = model_batch(row, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device())
     return chunk(batch, gather_logits=True)[0, -1].numpy()
 
 
@@ -98,7 +103,7 @@ def test_counts_must_agree_in_every_row(chunk: VLM) -> None:
     """Two rows whose mistakes cancel are still two mistakes."""
     (tokens, images), (other, _) = prompt(1, 9, 1), prompt(3, 5, 0)
     rows = [Row(slot=0, start=0, tokens=tokens), Row(slot=1, start=0, tokens=other, images=images)]
-    with pytest.raises(ValueError, match="the row has 4 image placeholders but 0 images of 4 embeddings"):
+    with pytest.raises(ValueError, match="the row has 4 image placeholders but 0 images of 0 embeddings"):
         backend_of(chunk).run(rows)
 
 

@@ -28,8 +28,6 @@ def model() -> Iterator[VLM]:
 @pytest.fixture
 def to_batch() -> Callable[[PackedBatch], ModelBatch]:
     def convert(packed: PackedBatch) -> ModelBatch:
-        return model_batch(
-            packed, image_token=tiny.IMAGE, tokens_per_image=4, image_size=16, device=torch.device("cpu")
-        )
+        return model_batch(packed, tiny.tiny_model(), image_token=tiny.IMAGE, device=torch.device("cpu"))
 
     return convert

@@ -10,7 +10,6 @@ from tests import tiny
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import output_tokens
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.weights import llava
@@ -67,7 +66,7 @@ def copy_weights(hf: torch.nn.Module, ours: torch.nn.Module, cfg: ModelConfig) -
 def test_logits_and_loss_equal_transformers(keep_class_token: bool) -> None:
     cfg = tiny.tiny_model()
     cfg.vision.keep_class_token = keep_class_token
-    per_image = output_tokens(cfg.vision)
+    per_image = 4 + keep_class_token
     hf = llava_twin(cfg)
     samples = []
     for seed, (length, images) in enumerate([(14, 1), (23, 2), (9, 0)]):
@@ -84,13 +83,11 @@ def test_logits_and_loss_equal_transformers(keep_class_token: bool) -> None:
         groups.start(ParallelConfig(), seed=0)
         (ours,) = build_model(cfg, ParallelConfig(), "fp32", seed=1)
         copy_weights(hf, ours, cfg)
-        batch = model_batch(
-            packed, image_token=tiny.IMAGE, tokens_per_image=per_image, image_size=16, device=device.device()
-        )
+        batch = model_batch(packed, cfg, image_token=tiny.IMAGE, device=device.device())
         logits = ours(batch, gather_logits=True)[0]
         losses = ours(batch)[0]
         start = 0
-        mean, std = ours.vision.mean, ours.vision.std
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (cfg.vision.mean, cfg.vision.std))
         for tokens, labels, pixels in samples:
             values = (pixels.float() - mean) / std if len(pixels) else None
             theirs = hf(input_ids=tokens[None], pixel_values=values).logits[0]

@@ -83,7 +83,7 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
             data = feed.next()
             assert feed.wait_s > 0 and len(data.batches) == 8 // ranks.data // micro
             batches = [
-                model_batch(b, image_token=image, tokens_per_image=4, image_size=16, device=device.device())
+                model_batch(b, cfg, image_token=image, device=device.device())
                 for b in data.batches
             ]
             optim.set_rates(optimizer, rates, number, STEPS)
@@ -93,7 +93,7 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
             found["history"].append((total / count, result.grad_norm))
             found["books"].append((data.seen, data.used, data.planned_drops, data.state, data.delay))
             has_tokens = all((b.tokens != NO_TOKEN).all() for b in data.batches)
-            has_images = sum(b.images.numel() for b in data.batches) > 0
+            has_images = sum(b.images.count for b in data.batches) > 0
             has_labels = all((b.labels != IGNORE_INDEX).any() for b in data.batches)
             reader = feed.loader is not None
             assert reader == (ranks.first_stage and ranks.tensor_rank == 0)

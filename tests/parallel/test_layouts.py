@@ -48,10 +48,7 @@ def train(parallel: ParallelConfig, frozen: str, tied: bool = False) -> list[tup
         step.prepare_model(model)
         for number in range(1, STEPS + 1):
             mine = tiny.rows(ROWS, seed=100 * number)[ranks.data_rank :: ranks.data]
-            batches = [
-                model_batch(r, image_token=tiny.IMAGE, tokens_per_image=4, image_size=16, device=device.device())
-                for r in mine
-            ]
+            batches = [model_batch(r, cfg, image_token=tiny.IMAGE, device=device.device()) for r in mine]
             optim.set_rates(optimizer, optim_cfg, number, STEPS)
             result = step.train_step(model, optimizer, batches, optim_cfg.clip_grad)
             speaks = ranks.last_stage and ranks.tensor_rank == 0

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm_nemo.data.chat import TEMPLATES
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.backend import Row
@@ -28,8 +30,10 @@ from vlm_nemo.infer.engine import Engine
 from vlm_nemo.infer.load import LoadedModel
 from vlm_nemo.serve.config import ServeConfig
 from vlm_nemo.serve.run import Server
+from vlm_nemo.types import Images
 
-SPEC = ImageSpec(size=16, tokens=4, aspect="squash", mean=(0.5, 0.5, 0.5))
+SPEC = image_spec(LayoutConfig(aspect="squash"), size=16, patch=8)
+PER_IMAGE = 4
 CAPACITY = 400
 
 http = httpx.Client(timeout=20)
@@ -47,7 +51,7 @@ class Parrot:
         self.slots, self.capacity = slots, CAPACITY
         self.tokenizer = tokenizer
         self.seen: dict[int, tuple[int, list[int]]] = {}
-        self.images: list[NDArray[np.uint8] | None] = []
+        self.images: list[Images[NDArray[Any]] | None] = []
         self.prompts: list[list[int]] = []
         self.batches: list[int] = []
         self.delay = 0.0
@@ -64,7 +68,7 @@ class Parrot:
         logits = np.zeros((len(rows), self.tokenizer.vocab_size + 3), np.float32)
         for at, row in zip(logits, rows, strict=True):
             if row.start == 0:
-                count = 0 if row.images is None else len(row.images)
+                count = 0 if row.images is None else row.images.count
                 self.images.append(row.images)
                 self.prompts.append(list(row.tokens))
                 self.seen[row.slot] = (len(row.tokens), [*self.tokenizer.encode(reply(count)), self.tokenizer.eos_id])

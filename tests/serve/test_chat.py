@@ -13,7 +13,7 @@ import pytest
 
 from vlm_nemo.serve.run import Server
 
-from .parrot import CAPACITY, SPEC, Parrot, http, image_part, png, reply, served, until, user
+from .parrot import CAPACITY, PER_IMAGE, Parrot, http, image_part, png, reply, served, until, user
 
 ASKED = {"model": "parrot", "temperature": 0}
 
@@ -43,7 +43,7 @@ def test_images_and_their_tokens(client: openai.OpenAI, images: int) -> None:
     assert answer.choices[0].message.content == reply(images)
     usage = answer.usage
     assert usage is not None and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert usage.prompt_tokens_details.multimodal_tokens == {"image": images * SPEC.tokens}
+    assert usage.prompt_tokens_details.multimodal_tokens == {"image": images * PER_IMAGE}
 
 
 def test_images_come_first_whatever_their_place(parrot: Parrot) -> None:
@@ -53,7 +53,7 @@ def test_images_come_first_whatever_their_place(parrot: Parrot) -> None:
     first, second = parrot.prompts
     assert first == second
     t = parrot.tokenizer
-    image = [t.image_id] * SPEC.tokens
+    image = [t.image_id] * PER_IMAGE
     assert first[-len(t.encode("\na\nb ASSISTANT:")) :] == t.encode("\na\nb ASSISTANT:")
     assert any(first[i : i + 9] == image + t.encode("\n") + image for i in range(len(first)))
 
@@ -64,8 +64,8 @@ def test_each_image_reaches_the_model_in_order(parrot: Parrot) -> None:
         parts = [image_part(png(colour=colour)) for colour in colours]
         client.chat.completions.create(messages=user(*parts, "x"), max_tokens=1, **ASKED)
     (images,) = parrot.images
-    assert images is not None and images.shape == (3, 3, 16, 16)
-    assert [tuple(image[:, 8, 8]) for image in images] == colours
+    assert images is not None and images.count == 3 and images.patches.shape == (12, 192)
+    assert [tuple(patches[0, :3]) for patches in images.patches.reshape(3, 4, 192)] == colours
 
 
 def test_a_conversation_of_turns(parrot: Parrot) -> None:

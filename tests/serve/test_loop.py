@@ -17,7 +17,9 @@ from vlm_nemo.serve.loop import EngineLoop, Full, Gone
 from vlm_nemo.serve.turns import Commands, follow
 from vlm_nemo.types import UserError
 
-from .parrot import SPEC, Parrot, make_model, until
+from tests.squares import squares
+
+from .parrot import PER_IMAGE, Parrot, make_model, until
 
 PARAMS = SamplingParams(max_tokens=8, seed=1)
 
@@ -37,8 +39,8 @@ class Heard:
 
 
 def prompt(tokenizer: Tokenizer, images: int = 0) -> tuple[Any, ...]:
-    tokens = (tokenizer.bos_id, *[tokenizer.image_id] * (images * SPEC.tokens), *tokenizer.encode("hello"))
-    return tokens, np.zeros((images, 3, 16, 16), np.uint8) if images else None, images
+    tokens = (tokenizer.bos_id, *[tokenizer.image_id] * (images * PER_IMAGE), *tokenizer.encode("hello"))
+    return tokens, squares(np.zeros((images, 3, 16, 16), np.uint8), tokens, tokenizer.image_id) if images else None, images
 
 
 def started(parrot: Parrot, **options: Any) -> EngineLoop:

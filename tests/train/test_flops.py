@@ -15,8 +15,8 @@ ALL = {"vision": True, "projector": True, "language": True}
 
 def test_llava_7b_by_stage() -> None:
     """16.2 TFLOP an image of stage 1 (576 + 20 tokens), 35.2 a sample of stage 2 (576 + 301)."""
-    stage1 = step_flops(ModelConfig(), STAGE1, lengths=[596], images=1, supervised=20)
-    stage2 = step_flops(ModelConfig(), STAGE2, lengths=[877], images=1, supervised=301)
+    stage1 = step_flops(ModelConfig(), STAGE1, lengths=[596], grids=[(24, 24)], supervised=20)
+    stage2 = step_flops(ModelConfig(), STAGE2, lengths=[877], grids=[(24, 24)], supervised=301)
     assert stage1.total / 1e12 == pytest.approx(16.2, rel=0.01)
     assert stage2.total / 1e12 == pytest.approx(35.2, rel=0.01)
     assert stage1.vision / 1e9 == pytest.approx(366, rel=0.05)  # CLIP-L/336 up to its 23rd layer, forward only
@@ -24,7 +24,7 @@ def test_llava_7b_by_stage() -> None:
 
 def test_against_a_sum_by_hand() -> None:
     cfg = tiny.tiny_model()
-    found = step_flops(cfg, ALL, lengths=[10, 6], images=1, supervised=5)
+    found = step_flops(cfg, ALL, lengths=[10, 6], grids=[(2, 2)], supervised=5)
     layer = 32 * 8 * (2 * 4 + 2 * 2) + 3 * 32 * 48
     assert found.language == 3 * (2 * 4 * layer * 16 + 2 * 4 * 32 * (10 * 10 + 6 * 6))
     assert found.head == 3 * 2 * 32 * 64 * 5
@@ -35,7 +35,7 @@ def test_against_a_sum_by_hand() -> None:
 
 def test_frozen_parts_cost_less() -> None:
     cfg = ModelConfig()
-    shape: dict = dict(lengths=[596], images=1, supervised=20)
+    shape: dict = dict(lengths=[596], grids=[(24, 24)], supervised=20)
     assert step_flops(cfg, STAGE1, **shape).total < step_flops(cfg, STAGE2, **shape).total
     assert step_flops(cfg, STAGE2, **shape).vision * 3 > step_flops(cfg, ALL, **shape).vision
     nothing_upstream = {"vision": False, "projector": False, "language": False}

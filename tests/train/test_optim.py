@@ -50,7 +50,7 @@ def test_frozen_parts_hold_nothing_and_do_not_move(distributed: bool, precision:
     step.prepare_model(model)
     optim.set_rates(optimizer, cfg, 1, 10)
     batches = [
-        model_batch(r, image_token=tiny.IMAGE, tokens_per_image=4, image_size=16, device=device.device())
+        model_batch(r, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device())
         for r in tiny.rows(2)
     ]
     result = step.train_step(model, optimizer, batches, clip=1.0)
@@ -90,7 +90,7 @@ def test_gradient_does_not_depend_on_micro_batches() -> None:
             rows.append(tiny.row(samples[at : at + count], 64))
             at += count
         batches = [
-            model_batch(r, image_token=tiny.IMAGE, tokens_per_image=4, image_size=16, device=device.device())
+            model_batch(r, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device())
             for r in rows
         ]
         for chunk in model:

@@ -105,6 +105,40 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class LayoutConfig:
+    """How an image becomes views (squares, or itself) and text around its embeddings (`vlm_nemo.data.layout`)."""
+
+    kind: str = field(default="square", metadata={"choices": ("square", "anyres", "tiles", "ovis", "rows", "native")})
+    """square: one view; anyres: LLaVA-NeXT's tiles of the best resolution, unpadded, and the whole; tiles: InternVL's
+    tiles and thumbnail; ovis: Ovis' grid; rows: Idefics3's rows of tiles; native: one view of the image's own shape."""
+    aspect: str = field(default="pad", metadata={"choices": ("pad", "crop", "squash")})
+    """How an image becomes square: pad (LLaVA-1.5's training), crop (CLIP's centre crop), squash."""
+    resample: str = field(default="bicubic", metadata={"choices": ("bicubic", "bilinear", "lanczos")})
+    """Filter of resizing."""
+    pinpoints: list[list[int]] = field(default_factory=list)
+    """Of anyres: resolutions to choose from, [height, width] in pixels."""
+    max_unpadded: int | None = None
+    """Of anyres: tokens of the tiles beyond which they are scaled down (LLaVA-OneVision's anyres_max_9), in tiles a
+    side squared; null = never."""
+    min_tiles: int = 1
+    """Of tiles and ovis: fewest."""
+    max_tiles: int = 12
+    """Of tiles and ovis: most, the thumbnail not counted."""
+    thumbnail: bool = True
+    """Of tiles: the whole image as one more view where there are several."""
+    longest_edge: int | None = None
+    """Of rows: side that the longer edge is resized to before it is cut, pixels."""
+    min_pixels: int = 3136
+    """Of native: fewest, by scaling up."""
+    max_pixels: int = 1003520
+    """Of native: most, by scaling down."""
+    before: str = ""
+    """Text before an image's embeddings, special tokens by name ("<img>"; Gemma 3: "\\n\\n<start_of_image>")."""
+    after: str = ""
+    """Text behind them."""
+
+
+@dataclass(kw_only=True)
 class PrepareConfig:
     """From raw files to shards (`vlm_nemo.data.prepare.run`)."""
 

@@ -70,7 +70,7 @@ def make_cases(reference: Reference, bundle: Bundle, tokens: int, max_positions:
     steps = min(STEPS, room // 4)
     if steps < 1:
         raise UserError(f"export.capacity={bundle.capacity} leaves no room for a prompt and an answer; raise it")
-    size, per = bundle.image.size, bundle.image.tokens
+    size, per = bundle.image.size, bundle.image_tokens
     cases = []
     for images, text in ((0, 5), (1, 9), (2, 7)):
         while images and images * per + text + steps > room:

@@ -8,15 +8,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.segments import make_segments
+from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.views import patchify, vision_batch
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
 
 class Reference(Protocol):
@@ -39,25 +41,44 @@ class TorchReference:
         chunks = build_model(cfg, ParallelConfig(), "fp32", seed=0, fresh=())
         load(list(chunks))
         self._model: VLM = chunks[0].eval()
-        self._size = cfg.vision.image_size
+        self._cfg = cfg
         self._image_token = image_token
 
     @torch.no_grad()
     def image_embeds(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._model.embed_images(torch.from_numpy(images).to(device.device())).cpu().numpy()
+        views = self._views(images)
+        rows = self._model.embed_images(vision_batch(*views, self._cfg.vision).moved(_to_device))
+        return rows.unflatten(0, (len(images), -1)).cpu().numpy()
 
     @torch.no_grad()
     def logits(self, tokens: NDArray[np.int64], images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        count, to = len(tokens), device.device()
-        ids = torch.from_numpy(tokens)
-        pixels = torch.from_numpy(images) if len(images) else torch.zeros(1, 3, self._size, self._size).byte()
-        batch = ModelBatch(
-            tokens=ids[None].to(to),
-            labels=torch.zeros(1, count, dtype=torch.int64, device=to),
-            loss_mask=torch.zeros(1, count, device=to),
-            positions=torch.arange(count, device=to).expand(3, 1, -1),
-            segments=make_segments(torch.tensor([0, count], dtype=torch.int32), count).moved(lambda x: x.to(to)),
-            images=pixels.to(to),
-            image_slots=(ids == self._image_token).nonzero().flatten().to(to),
+        count, ids = len(tokens), torch.from_numpy(tokens)
+        slots = (ids == self._image_token).nonzero().flatten()
+        patches, grids = self._views(images)
+        nothing = torch.full((count,), IGNORE_INDEX)
+        row = PackedBatch(
+            tokens=ids,
+            labels=nothing,
+            positions=torch.arange(count).expand(3, -1),
+            cu_seqlens=torch.tensor([0, count], dtype=torch.int32),
+            images=Images(
+                patches=patches,
+                grids=grids,
+                views=torch.ones(len(images), dtype=torch.int64),
+                slots=slots,
+                sources=torch.arange(len(slots)),
+            ),
+            samples=1,
+            used_tokens=count,
         )
+        batch = model_batch(row, self._cfg, image_token=self._image_token, device=device.device())
         return self._model(batch, gather_logits=True)[0].float().cpu().numpy()
+
+    def _views(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        """[n, 3, S, S] -> patches and grids of as many views."""
+        grid = spec_of(self._cfg).grid
+        return patchify(torch.from_numpy(images), self._cfg.vision.patch_size), torch.tensor([grid] * len(images)).view(-1, 2)
+
+
+def _to_device(x: Tensor) -> Tensor:
+    return x.to(device.device())

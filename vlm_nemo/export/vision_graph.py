@@ -9,10 +9,12 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
+from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.export.graph import Graph
 from vlm_nemo.export.tensors import TensorFile
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import layers_used, output_tokens
+from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.vision import layers_used
 
 TOWER = "vision_tower.vision_model."
 PROJECTOR = "multi_modal_projector."
@@ -22,7 +24,8 @@ def vision_graph(cfg: ModelConfig, data: TensorFile) -> Graph:
     """The graph of a model's tower and projector; its weights are reserved in `data`."""
     g = Graph("vision", data)
     v = cfg.vision
-    tokens = output_tokens(v)
+    spec = spec_of(cfg)
+    tokens = view_tokens(spec, spec.grid)
     pixels = g.input("pixels", TensorProto.UINT8, ["N", 3, v.image_size, v.image_size])
     x = _patches(g, cfg, pixels)
     for i in range(layers_used(v)):

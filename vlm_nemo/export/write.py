@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import vlm_nemo
-from vlm_nemo.data.layout import image_spec
+from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.export import parity, tensorrt
+from vlm_nemo.export.covered import check_covered
 from vlm_nemo.export.gate import check_graph
 from vlm_nemo.export.graph import OPSET
 from vlm_nemo.export.language_graph import EMBEDDING, language_graph
@@ -31,6 +32,7 @@ from vlm_nemo.export.vision_graph import vision_graph
 from vlm_nemo.infer.bundle import FORMAT, MANIFEST, read_manifest, sha256
 from vlm_nemo.infer.onnx_backend import OnnxBackend
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.layout import spec_of
 from vlm_nemo.types import UserError
 from vlm_nemo.weights import llava
 from vlm_nemo.weights.shards import new_folder, write_json
@@ -70,9 +72,10 @@ class Wish:
 def write_export(source: Source, wish: Wish, say: Say) -> dict[str, Any]:
     """Write the export and return its manifest.
 
-    Raises UserError for sizes that do not fit, tensors that do not, a failed parity (the report then lies beside
+    Raises UserError for a model that the graphs cannot say, sizes that do not fit, tensors that do not, a failed parity (the report then lies beside
     `out` as <out>.parity.json) and what an engine's builder refuses.
     """
+    check_covered(source.cfg)
     longest = source.cfg.language.max_positions
     if not 1 <= wish.slots or not 2 <= wish.capacity <= longest:
         raise UserError(
@@ -134,7 +137,7 @@ def _write_graphs(source: Source, wish: Wish, draft: Path, twin: Path | None, sa
 def _describe(source: Source, wish: Wish, draft: Path) -> dict[str, Any]:
     """The manifest, but for the parity report and the files."""
     v, lang = source.cfg.vision, source.cfg.language
-    spec = image_spec(v.image_size, v.patch_size, v.class_token and v.keep_class_token, v.aspect, tuple(v.mean))
+    spec = spec_of(source.cfg)
     return {
         "format": FORMAT,
         "source": source.name,
@@ -152,8 +155,10 @@ def _describe(source: Source, wish: Wish, draft: Path) -> dict[str, Any]:
         "image_token": source.tokenizer.image_id,
         "image": {
             "size": spec.size,
-            "tokens": spec.tokens,
-            "aspect": spec.aspect,
+            "patch": spec.patch,
+            "class_token": spec.class_token,
+            "tokens": view_tokens(spec, spec.grid),
+            "layout": asdict(spec.layout),
             "mean": list(v.mean),
             "std": list(v.std),
             "normalised": "inside the vision graph",

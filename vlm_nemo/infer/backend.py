@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vlm_nemo.types import Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,10 @@ class Row:
     """Tokens of the sequence that are in the cache already; what a slot held behind them counts for nothing."""
     tokens: Sequence[int]
     """At least one; every image as its placeholders."""
-    images: NDArray[np.uint8] | None = None
-    """[n, 3, S, S]: the images whose placeholders are among `tokens`, in order; None = there are none"""
+    images: Images[NDArray[Any]] | None = None
+    """Those whose placeholders are among `tokens`, slots counted from the first of these; None = there are none"""
+    positions: NDArray[np.int64] | None = None
+    """[3, n]: where M-RoPE sees the tokens; None = at their places in the sequence"""
 
 
 class Backend(Protocol):

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.spec import ImageSpec, image_spec, view_tokens
 from vlm_nemo.types import UserError
 
-FORMAT = "vlm_nemo export 1"
+FORMAT = "vlm_nemo export 2"
 MANIFEST = "manifest.json"
 STORAGE: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
@@ -66,6 +67,11 @@ class Bundle:
     @property
     def language_graph(self) -> Path:
         return self.folder / "llm" / "model.onnx"
+
+    @property
+    def image_tokens(self) -> int:
+        """Embeddings of an image: the graphs know square views alone."""
+        return view_tokens(self.image, self.image.grid)
 
     @property
     def storage(self) -> np.dtype[Any]:
@@ -178,7 +184,13 @@ def _bundle(folder: Path, manifest: dict[str, Any]) -> Bundle:
         slots=manifest["slots"],
         capacity=manifest["capacity"],
         template=manifest["template"],
-        image=ImageSpec(size=image["size"], tokens=image["tokens"], aspect=image["aspect"], mean=tuple(image["mean"])),
+        image=image_spec(
+            LayoutConfig(**image["layout"]),
+            size=image["size"],
+            patch=image["patch"],
+            class_token=image["class_token"],
+            mean=tuple(image["mean"]),
+        ),
         image_token=manifest["image_token"],
         layers=model["layers"],
         kv_heads=model["kv_heads"],

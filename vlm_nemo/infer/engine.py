@@ -18,6 +18,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from vlm_nemo.infer.backend import Backend, Row
 from vlm_nemo.infer.request import Answer, Event, Prompt, RequestOutput, answer_of
 from vlm_nemo.infer.sampling import Sampler, SamplingParams, TokenLogprob, fresh_entropy, token_logprob
 from vlm_nemo.infer.text import TextStream
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 __all__ = ["Answer", "Engine", "Event", "Prompt", "RequestOutput", "TokenLogprob"]
 
@@ -53,6 +54,15 @@ class _Sequence:
         """Tokens in the cache, while it runs."""
         return len(self.request.prompt.tokens) + self.said - 1
 
+    @property
+    def row(self) -> Row:
+        """What was chosen last, on its way into the cache."""
+        assert self.slot is not None
+        prompt, positions = self.request.prompt, None
+        if prompt.positions is not None:
+            positions = np.full((3, 1), prompt.positions.max() + self.said)
+        return Row(slot=self.slot, start=self.cached, tokens=(self.last,), positions=positions)
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class _Request:
@@ -64,7 +74,7 @@ class _Request:
     sequences: list[_Sequence] = field(default_factory=list)
     unfilled: int
     """Answers whose prompt has not been in the cache yet."""
-    images: NDArray[np.uint8] | None = None
+    images: Images[NDArray[Any]] | None = None
     """Here from the first answer's turn to the last one's."""
 
 
@@ -133,8 +143,10 @@ class Engine:
         if self.image_limit is not None and prompt.image_count > self.image_limit:
             raise UserError(f"At most {self.image_limit} image(s) may be provided in one prompt.")
         placeholders, images = list(prompt.tokens).count(self.tokenizer.image_id), prompt.image_count
-        if bool(placeholders) != bool(images) or (images and placeholders % images):
+        if bool(placeholders) != bool(images) or placeholders < images:
             raise UserError(f"the prompt has {placeholders} image placeholders for {images} images")
+        if prompt.positions is not None and prompt.positions.shape != (3, length):
+            raise UserError(f"the prompt has {length} tokens and positions of shape {prompt.positions.shape}")
 
     def add(self, prompt: Prompt, params: SamplingParams) -> int:
         """Queue a request; returns its number. Raises UserError as `check` does."""
@@ -167,8 +179,7 @@ class Engine:
         events, self._unreported = self._unreported, []
         running = [self._running[slot] for slot in sorted(self._running)]
         if running:
-            rows = [Row(slot=slot, start=s.cached, tokens=(s.last,)) for slot, s in sorted(self._running.items())]
-            logits = self.backend.run(rows)
+            logits = self.backend.run([s.row for s in running])
             events += [self._advance(s, logits[i]) for i, s in enumerate(running)]
         admitted = list(self._admit(events))
         if admitted:
@@ -307,7 +318,7 @@ def _have_images(request: _Request) -> str | None:
         images = request.prompt.images()
     except (UserError, OSError) as error:
         return str(error)
-    count = 0 if images is None else len(images)
+    count = 0 if images is None else images.count
     if count != request.prompt.image_count:
         return f"{request.prompt.image_count} images were announced and {count} came"
     request.images = images
@@ -316,4 +327,5 @@ def _have_images(request: _Request) -> str | None:
 
 def _prompt_row(s: _Sequence) -> Row:
     assert s.slot is not None
-    return Row(slot=s.slot, start=0, tokens=s.request.prompt.tokens, images=s.request.images)
+    prompt = s.request.prompt
+    return Row(slot=s.slot, start=0, tokens=prompt.tokens, images=s.request.images, positions=prompt.positions)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_nemo.data.chat import TEMPLATES, Template
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.backend import Backend
 from vlm_nemo.infer.config import InferConfig
@@ -173,7 +173,7 @@ def _with_torch(
 ) -> LoadedModel:
     from vlm_nemo.infer.torch_backend import TorchBackend
     from vlm_nemo.model.build import build_model
-    from vlm_nemo.model.vision import spec_of
+    from vlm_nemo.model.layout import spec_of
     from vlm_nemo.runtime.layout import check_layout
     from vlm_nemo.train.origin import check_vocabulary
 
@@ -187,7 +187,7 @@ def _with_torch(
         name=_name(source),
         tokenizer=tokenizer,
         template=TEMPLATES[template],
-        spec=spec_of(cfg.vision),
+        spec=spec_of(cfg),
         engine=_engine(backend, tokenizer, infer, _shared_entropy(ranks)),
         info=_info("torch", precision, source, capacity),
         ranks=ranks,

@@ -82,7 +82,7 @@ class OnnxBackend(StaticCacheBackend):
 
     def _embed_images(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         bundle = self.bundle
-        out = np.empty((len(images), bundle.image.tokens, bundle.hidden_size), dtype=bundle.storage)
+        out = np.empty((len(images), bundle.image_tokens, bundle.hidden_size), dtype=bundle.storage)
         binding = self._vision.io_binding()
         pixels = np.ascontiguousarray(images)
         binding.bind_input("pixels", "cpu", 0, np.uint8, pixels.shape, pixels.ctypes.data)

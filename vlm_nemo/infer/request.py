@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_nemo.infer.sampling import TokenLogprob
+from vlm_nemo.types import Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,12 @@ class Prompt:
 
     tokens: Sequence[int]
     """Ids, every image as its placeholders."""
-    images: Callable[[], NDArray[np.uint8] | None] = lambda: None
-    """[n, 3, S, S]; called once, when the request's turn comes; may raise UserError (SampleError) or OSError"""
+    images: Callable[[], Images[NDArray[Any]] | None] = lambda: None
+    """Called once, when the request's turn comes; may raise UserError (SampleError) or OSError"""
     image_count: int = 0
-    """n"""
+    """Images that it will give."""
+    positions: NDArray[np.int64] | None = None
+    """[3, tokens]: where M-RoPE sees them, the answer going on behind the highest; None = one after the other"""
 
 
 @dataclass(frozen=True, kw_only=True)

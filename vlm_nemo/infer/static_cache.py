@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.bundle import Bundle
+from vlm_nemo.types import Images
 
 
 class StaticCacheBackend(ABC):
@@ -59,7 +60,7 @@ class StaticCacheBackend(ABC):
         if len({row.slot for row in rows}) != len(rows):
             raise ValueError(f"rows share a slot: {[row.slot for row in rows]}")
         # Everything that can be refused is, before any cache is touched
-        embeds = [self.embed(row.tokens, row.images) for row in rows]
+        embeds = [self.embed(row.tokens, self._pixels(row.images)) for row in rows]
         logits = np.empty((len(rows), self.bundle.vocab_size), dtype=np.float32)
         single = [i for i, row in enumerate(rows) if len(row.tokens) == 1]
         for i, row in enumerate(rows):
@@ -88,15 +89,23 @@ class StaticCacheBackend(ABC):
         for i in single:
             logits[i] = out[rows[i].slot - first]
 
+    def _pixels(self, images: Images[NDArray[Any]] | None) -> NDArray[np.uint8] | None:
+        """[n, 3, S, S]: what the vision graph takes, from an image's patches."""
+        if images is None:
+            return None
+        (rows, columns), patch = self.bundle.image.grid, self.bundle.image.patch
+        patches = images.patches.reshape(images.count, rows, columns, patch, patch, 3)
+        return patches.transpose(0, 5, 1, 3, 2, 4).reshape(images.count, 3, rows * patch, columns * patch)
+
     def embed(self, tokens: Sequence[int], images: NDArray[np.uint8] | None) -> NDArray[Any]:
-        """[S, D]: the tokens' embeddings, with those of the images in their placeholders' places."""
+        """[S, D]: the tokens' embeddings, with those of the images [n, 3, S, S] in their placeholders' places."""
         ids = np.asarray(tokens, dtype=np.int64)
         places = ids == self.bundle.image_token
         count = 0 if images is None else len(images)
-        expected = count * self.bundle.image.tokens
+        expected = count * self.bundle.image_tokens
         if places.sum() != expected:
             raise ValueError(
-                f"{places.sum()} image placeholders but {count} images of {self.bundle.image.tokens} embeddings "
+                f"{places.sum()} image placeholders but {count} images of {self.bundle.image_tokens} embeddings "
                 f"({expected}); they must be equal"
             )
         embeds = self._embedding[np.where(places, 0, ids)]

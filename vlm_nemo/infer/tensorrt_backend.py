@@ -63,7 +63,7 @@ class TensorRTBackend(StaticCacheBackend):
         most = max(bundle.capacity, slots)
         self._buffers = {
             "pixels": cuda.zeros(self._image_batch * 3 * bundle.image.size**2),
-            "image_embeds": cuda.zeros(self._image_batch * bundle.image.tokens * width * size),
+            "image_embeds": cuda.zeros(self._image_batch * bundle.image_tokens * width * size),
             "inputs_embeds": cuda.zeros(most * width * size),
             "position_ids": cuda.zeros(most * 8),
             "write_indices": cuda.zeros(slots * 8),
@@ -83,7 +83,7 @@ class TensorRTBackend(StaticCacheBackend):
 
     def embed_images(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         bundle = self.bundle
-        out = np.empty((len(images), bundle.image.tokens, bundle.hidden_size), dtype=bundle.storage)
+        out = np.empty((len(images), bundle.image_tokens, bundle.hidden_size), dtype=bundle.storage)
         for i in range(0, len(images), self._image_batch):
             part = np.ascontiguousarray(images[i : i + self._image_batch])
             self._cuda.send(part, self._buffers["pixels"])

@@ -13,10 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vlm_nemo.infer.backend import Row
-from vlm_nemo.model.batch import ModelBatch, image_slots
+from vlm_nemo.model.batch import (
+    ModelBatch,
+    count_embeddings,
+    image_blocks,
+    join_images,
+    no_images,
+    rows_of,
+    tensors,
+)
 from vlm_nemo.model.cache import KVCache, cached_step
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import output_tokens
+from vlm_nemo.model.views import vision_batch
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
@@ -56,12 +64,12 @@ class TorchBackend:
 
     def _logits(self, rows: list[Row]) -> NDArray[np.float32]:
         batch = self._batch(rows)
-        embeds = None
+        known = None
         if self._chunk.pre_process:
-            embeds = self._chunk.embed_images(batch.images) if len(batch.images) else self._no_images(batch)
+            known = self._chunk.embed_images(batch.views) if batch.views is not None else self._no_rows(batch)
 
         def step(batches: Iterator[ModelBatch], model: nn.Module) -> tuple[Tensor, Any]:
-            logits = model(next(batches), gather_logits=True, image_embeds=embeds)
+            logits = model(next(batches), gather_logits=True, image_rows=known)
             return logits, lambda output, non_loss_data=False: output
 
         outputs = get_forward_backward_func()(
@@ -83,33 +91,40 @@ class TorchBackend:
         return logits.cpu().numpy()
 
     def _batch(self, rows: list[Row]) -> ModelBatch:
-        size, per_image = self._cfg.vision.image_size, output_tokens(self._cfg.vision)
+        """The step; a step without images has no views and does not run the tower."""
+        cfg, where = self._cfg, device.device()
         tokens = [torch.tensor(row.tokens) for row in rows]
-        images = [torch.from_numpy(row.images) if row.images is not None else _nothing(size) for row in rows]
-        places, at = [], 0
-        for ids, pictures in zip(tokens, images, strict=True):
-            places.append(at + image_slots(ids, self._image_token, len(pictures), per_image))
+        images, starts, embeddings, at = [], [], [], 0
+        for row, ids in zip(rows, tokens, strict=True):
+            images.append(tensors(row.images) if row.images is not None else no_images(cfg))
+            starts.append(at)
+            embeddings.append(count_embeddings(images[-1], ids, cfg, self._image_token))
             at += len(ids)
-        where = device.device()
-        segments = cached_step(self._cache, [(row.slot, row.start, len(row.tokens)) for row in rows], where)
-        assert segments.positions is not None
+        joined = join_images(images, starts, embeddings)
+        blocks = image_blocks(joined.slots, at) if cfg.language.image_attention == "bidirectional" else None
+        lengths = [(row.slot, row.start, len(row.tokens)) for row in rows]
+        segments = cached_step(self._cache, lengths, where, blocks=blocks)
+        views = vision_batch(joined.patches, joined.grids, cfg.vision) if joined.count else None
         unused = torch.zeros(1, at, device=where)
         return ModelBatch(
             tokens=torch.cat(tokens).to(where).unsqueeze(0),
             labels=unused.long(),
             loss_mask=unused,
-            positions=segments.positions.expand(3, 1, -1),
+            positions=torch.cat([_positions(row) for row in rows], dim=1).to(where).unsqueeze(1),
             segments=segments,
-            images=torch.cat(images).to(where),
-            image_slots=torch.cat(places).to(where),
+            views=None if views is None else views.moved(lambda x: x.to(where)),
+            image_slots=joined.slots.to(where),
+            image_sources=rows_of(joined.sources, sum(embeddings)).to(where),
         )
 
-    def _no_images(self, batch: ModelBatch) -> Tensor:
-        """[0, P, D]: a step without images does not run the tower."""
-        dtype = self._chunk.config.params_dtype
-        shape = (0, output_tokens(self._cfg.vision), self._cfg.language.hidden_size)
-        return torch.empty(shape, dtype=dtype, device=batch.tokens.device)
+    def _no_rows(self, batch: ModelBatch) -> Tensor:
+        """[0, D]: what no images give."""
+        shape = (0, self._cfg.language.hidden_size)
+        return torch.empty(shape, dtype=self._chunk.config.params_dtype, device=batch.tokens.device)
 
 
-def _nothing(size: int) -> Tensor:
-    return torch.empty(0, 3, size, size, dtype=torch.uint8)
+def _positions(row: Row) -> Tensor:
+    """[3, n]"""
+    if row.positions is not None:
+        return torch.from_numpy(row.positions)
+    return torch.arange(row.start, row.start + len(row.tokens)).expand(3, -1)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.model.cache import CachedStep
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.segments import Segments, make_segments
-from vlm_nemo.types import IGNORE_INDEX, PackedBatch
+from vlm_nemo.model.views import VisionBatch, blank_view, vision_batch
+from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,33 +32,93 @@ class ModelBatch:
     positions: Tensor
     """[3, 1, T] int64"""
     segments: Segments | CachedStep
-    images: Tensor
-    """[N, 3, H, W] uint8; one blank image where the row has none, so that every rank runs the same layers"""
+    views: VisionBatch | None
+    """One blank view where the row has none, so that every rank runs the same layers; None in a step of generation,
+    which does not train."""
     image_slots: Tensor
-    """[N * P] int64: the row's placeholders in order; empty where the row has no images"""
+    """[M] int64: the row's placeholders in order; empty where the row has no images"""
+    image_sources: Tensor
+    """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there"""
 
 
-def image_slots(tokens: Tensor, image_token: int, images: int, tokens_per_image: int) -> Tensor:
-    """[N * P] int64: where the placeholders are among tokens [T].
+def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, image_token: int) -> int:
+    """E, what the images' views give, once they are checked against the tokens [T] that they stand among.
 
-    Raises ValueError with both counts where they are not as many as the images' embeddings.
+    Raises ValueError with both counts where placeholders and images disagree: half an image is never merged.
     """
-    slots = (tokens == image_token).nonzero().flatten()
-    if slots.numel() != images * tokens_per_image:
+    spec = spec_of(cfg)
+    of_view = [view_tokens(spec, (rows, columns)) for rows, columns in images.grids.tolist()]
+    total = sum(of_view)
+    there = tokens == image_token
+    if spec.cross_attention:
+        placeholders, merged, whole = int(there.sum()), images.count, bool(there[images.slots].all())
+    else:
+        taken = images.sources >= 0
+        placeholders, merged = int(there.sum()), int(there[images.slots].sum())
+        ends = torch.tensor(of_view).cumsum(0)[images.views.cumsum(0) - 1] if of_view else torch.empty(0)
+        seen = torch.bucketize(images.sources[taken], ends, right=True).unique().numel()
+        whole = bool(there[images.slots[taken]].all()) and seen == images.count
+    if placeholders != merged or not whole:
         raise ValueError(
-            f"the row has {slots.numel()} image placeholders but {images} images of {tokens_per_image} embeddings "
-            f"({images * tokens_per_image}); they must be equal"
+            f"the row has {placeholders} image placeholders but {images.count} images of {total} embeddings, which go "
+            f"to {merged} of them; they must be equal"
         )
-    return slots
+    return total
 
 
-def model_batch(
-    row: PackedBatch, *, image_token: int, tokens_per_image: int, image_size: int, device: torch.device
-) -> ModelBatch:
-    """Check a row and move it. Raises ValueError as `image_slots` does: half an image is never merged."""
-    count = row.images.shape[0]
-    slots = image_slots(row.tokens, image_token, count, tokens_per_image)
-    images = row.images if count else torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+def join_images(images: Sequence[Images[Tensor]], starts: Sequence[int], embeddings: Sequence[int]) -> Images[Tensor]:
+    """Several samples' images as those of one row. starts: where each sample's tokens begin; embeddings: E of each."""
+    before = [sum(embeddings[:i]) for i in range(len(images))]
+    return Images(
+        patches=torch.cat([each.patches for each in images]),
+        grids=torch.cat([each.grids for each in images]),
+        views=torch.cat([each.views for each in images]),
+        slots=torch.cat([each.slots + start for each, start in zip(images, starts, strict=True)]),
+        sources=torch.cat(
+            [torch.where(e.sources < 0, e.sources, e.sources + n) for e, n in zip(images, before, strict=True)]
+        ),
+    )
+
+
+def rows_of(sources: Tensor, embeddings: int) -> Tensor:
+    """Images' sources as rows of [embeddings, extra rows]: 3 -> 3, -1 -> E, -2 -> E + 1."""
+    return torch.where(sources < 0, embeddings - 1 - sources, sources)
+
+
+def no_images(cfg: ModelConfig) -> Images[Tensor]:
+    """Of a row of text."""
+    none = torch.empty(0, dtype=torch.int64)
+    patches = torch.empty(0, 3 * cfg.vision.patch_size**2, dtype=torch.uint8)
+    return Images(patches=patches, grids=none.view(0, 2), views=none, slots=none, sources=none)
+
+
+def tensors(images: Images[NDArray[Any]]) -> Images[Tensor]:
+    """The same memory as tensors."""
+    return Images(**{field.name: torch.from_numpy(getattr(images, field.name)) for field in fields(images)})
+
+
+def image_blocks(slots: Tensor, length: int) -> Tensor:
+    """([2 3 4 6 7], 9) -> [-1 -1 0 0 0 -1 1 1 -1]: one number for each run of neighbouring placeholders, -1 for text.
+
+    A row's images are such runs: every layout whose images see themselves whole has text between two of them.
+    """
+    blocks = torch.full((length,), -1)
+    if len(slots):
+        starts = torch.ones_like(slots)
+        starts[1:] = slots[1:] != slots[:-1] + 1
+        blocks[slots] = starts.cumsum(0) - 1
+    return blocks
+
+
+def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device) -> ModelBatch:
+    """Check a row and move it. Raises ValueError as `count_embeddings` does."""
+    images = row.images
+    embeddings = count_embeddings(images, row.tokens, cfg, image_token)
+    patches, grids = images.patches, images.grids
+    if not images.count:
+        patches, grids = blank_view(cfg.vision, spec_of(cfg).factor)
+    whole = cfg.language.image_attention == "bidirectional"
+    blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
     supervised = row.labels != IGNORE_INDEX
 
     def move(x: Tensor) -> Tensor:
@@ -64,7 +131,8 @@ def model_batch(
         labels=move(row.labels.masked_fill(~supervised, 0)).unsqueeze(0),
         loss_mask=move(supervised.float()).unsqueeze(0),
         positions=move(row.positions).unsqueeze(1),
-        segments=make_segments(row.cu_seqlens, row.used_tokens).moved(move),
-        images=move(images),
-        image_slots=move(slots),
+        segments=make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks).moved(move),
+        views=vision_batch(patches, grids, cfg.vision).moved(move),
+        image_slots=move(images.slots),
+        image_sources=move(rows_of(images.sources, embeddings)),
     )

@@ -6,7 +6,8 @@ their slots hold already:
     tokens    p p p p | q q | a | b        two prompts into slots 0 and 3, one more token for slots 1 and 2
     position  0 1 2 3 | 0 1 | 7 | 4
 
-Prompts attend inside themselves exactly as samples do in training. The others attend to their slot of the cache.
+Prompts attend inside themselves exactly as samples do in training. The others attend to their slot of the cache. A
+block of tokens that see one another (an image's, in Gemma 3) lies within one step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm_nemo.model.segments import Segments, make_segments
+from vlm_nemo.model.segments import Segments, block_runs, make_segments
 
 
 class KVCache:
@@ -89,14 +90,30 @@ class CachedStep(PackedSeqParams):
     """[R, n] int64: the row's tokens among the T; short rows repeat their last one"""
     visible: Tensor | None = None
     """[R, 1, n, longest] bool: what each query may see"""
+    places: Tensor | None = None
+    """[R, 1, n, 1] int64: where each query stands in its slot"""
+    near: Tensor | None = None
+    """[R, 1, n, longest] bool: what each query may see in a layer with a window; made when first asked for"""
     row_of_token: Tensor | None = None
     """[tokens that go on] int64: where the answer to each lies in the flattened [R, n]"""
     last: Tensor | None = None
     """[rows] int64: the last token of every row, in the order of the rows: whose logits are wanted"""
 
+    def seen(self, window: int | None) -> Tensor:
+        """What each query may see: all before it, or the nearest `window` tokens of that, itself included."""
+        assert self.visible is not None and self.places is not None
+        if window is None or window >= self.longest:
+            return self.visible
+        if self.near is None:
+            keys = torch.arange(self.longest, device=self.places.device)
+            self.near = self.visible & (keys > self.places - window)
+        return self.near
 
-def cached_step(cache: KVCache, rows: list[tuple[int, int, int]], device: torch.device) -> CachedStep:
-    """Lay out a step. rows: (slot, start, tokens), the prompts (start 0) first."""
+
+def cached_step(
+    cache: KVCache, rows: list[tuple[int, int, int]], device: torch.device, blocks: Tensor | None = None
+) -> CachedStep:
+    """Lay out a step. rows: (slot, start, tokens), the prompts (start 0) first. blocks: [T] as in `make_segments`."""
     fresh = [n for _, start, n in rows if start == 0]
     going = [row for row in rows if row[1] > 0]
     assert [row[1] for row in rows[: len(fresh)]] == [0] * len(fresh), "prompts come first"
@@ -114,7 +131,8 @@ def cached_step(cache: KVCache, rows: list[tuple[int, int, int]], device: torch.
     )
     if fresh:
         cu = torch.tensor([0, *fresh], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        step.prompts = make_segments(cu, sum(fresh)).moved(lambda x: x.to(device))
+        own = blocks[: sum(fresh)] if blocks is not None else None
+        step.prompts = make_segments(cu, sum(fresh), blocks=own).moved(lambda x: x.to(device))
     if going:
         numbers = [slot for slot, _, _ in going]
         first, most = ends[len(fresh) - 1].item() if fresh else 0, max(n for _, _, n in going)
@@ -129,16 +147,22 @@ def cached_step(cache: KVCache, rows: list[tuple[int, int, int]], device: torch.
             queries[row] = torch.arange(at, at + most).clamp(max=at + n - 1)
             row_of_token += range(row * most, row * most + n)
             at += n
-        visible = torch.arange(step.longest) <= positions[queries][..., None]
-        step.queries, step.visible = queries.to(device), visible[:, None].to(device)
+        reach = positions.clone()
+        for start, end in block_runs(blocks) if blocks is not None else ():
+            reach[start:end] = positions[end - 1]
+        visible = torch.arange(step.longest) <= reach[queries][:, None, :, None]
+        step.queries, step.visible = queries.to(device), visible.to(device)
+        step.places = positions[queries][:, None, :, None].to(device)
         step.row_of_token = torch.tensor(row_of_token, device=device)
     return step
 
 
-def attend_to_cache(q: Tensor, step: CachedStep, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+def attend_to_cache(
+    q: Tensor, step: CachedStep, keys: Tensor, values: Tensor, scale: float | None, window: int | None = None
+) -> Tensor:
     """The tokens that go on. q: [T, heads, d] of the whole step -> [their number, heads, d].
 
-    keys, values: [slots, capacity, kv_heads, d].
+    keys, values: [slots, capacity, kv_heads, d]. window: how many tokens a query sees; None: all.
     """
     assert step.queries is not None and step.rows is not None
     which = step.contiguous if step.contiguous is not None else step.rows
@@ -146,7 +170,7 @@ def attend_to_cache(q: Tensor, step: CachedStep, keys: Tensor, values: Tensor, s
     rows, n = step.queries.shape
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     asked = q[step.queries].transpose(1, 2)  # [R, heads, n, d]
-    visible = step.visible
+    visible = step.seen(window)
     if n == 1:  # the queries that share a key/value head become its rows: nothing is repeated
         asked = asked.reshape(rows, kv_heads, groups, -1)
     elif groups > 1:

@@ -6,11 +6,18 @@ as a few rectangles, one sample a row, so that ordinary causal attention runs on
     cu = [0, 3, 7, 11]    lengths 3, 4, 4
     one rectangle of 3 x 4    [0 1 2 .] [3 4 5 6] [7 8 9 10]      '.' is a cell without a token
 
-Lengths within a factor of two share a rectangle, so less than half of it is empty.
+Lengths within a factor of two share a rectangle, so less than half of it is empty. Behind a sample's own tokens the
+causal mask hides those cells; without it (a vision tower's views and windows) only equal lengths share a rectangle.
+
+Where the tokens of an image see one another (Gemma 3), each such block of tokens attends once more, to all of its
+sample up to the block's end: no mask is needed for that either.
+
+    sample of 6, tokens 2 to 4 an image      0 1 [2 3 4] 5      2, 3 and 4 see 0 to 4; 5 sees 0 to 5
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,21 +37,55 @@ class Segments(PackedSeqParams):
     """[C] int64: the token of every cell, 0 where there is none"""
     cell_of_token: Tensor | None = None
     """[T] int64: the cell of every token"""
+    causal: bool = True
+    """Whether a token sees only those before it in its segment, or all of it."""
+    windows: Segments | None = None
+    """What layers with a window see instead (a vision tower's windows); None: the same"""
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of every block: the first token of its sample, its own first token, and the one behind its last"""
+    masks: dict[tuple[int, int, int, bool], Tensor] = field(default_factory=dict)
+    """Made by `stripe_mask` when first asked for, and shared by all layers"""
+
+    def stripe_mask(self, queries: int, before: int, window: int, causal: bool, like: Tensor) -> Tensor:
+        """[queries, before + queries] of like's dtype, to be added to scores: 0 where a query may look, else -inf.
+
+        Queries stand behind `before` keys of their sample; each sees `window` tokens, itself included, and those
+        behind it unless causal:
+
+            queries 2, before 3, window 3, causal       . 0 0 0 .
+                                                        . . 0 0 0
+        """
+        key = (queries, before, window, causal)
+        if key not in self.masks:
+            back = torch.arange(before, before + queries, device=like.device)[:, None] - torch.arange(
+                before + queries, device=like.device
+            )
+            hidden = (back >= window) | (back < 0) if causal else back >= window
+            self.masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                hidden, float("-inf")
+            )
+        return self.masks[key]
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """The same, every tensor through `move`."""
         assert self.cells is not None and self.cell_of_token is not None
         moved = copy.copy(self)
+        moved.masks = {}
         moved.cu_seqlens_q = moved.cu_seqlens_kv = move(self.cu_seqlens_q)
         moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
+        moved.windows = self.windows.moved(move) if self.windows is not None else None
         return moved
 
 
-def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
+def make_segments(
+    cu_seqlens: Tensor, used_tokens: int, *, causal: bool = True, blocks: Tensor | None = None
+) -> Segments:
     """Lay out a packed row.
 
     cu_seqlens: [S+1] int32 from 0 to T; used_tokens: where the padding starts. The padding is cut into pieces no
     longer than the longest sample, so that a nearly empty row costs no more attention than a full one.
+    causal=False: attention inside each segment is full. blocks: [T], equal numbers >= 0 where neighbouring tokens see
+    one another, -1 elsewhere.
     """
     cu = [int(c) for c in cu_seqlens.tolist()]
     total = cu[-1]
@@ -55,7 +96,7 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
 
     lengths = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
     starts = torch.tensor(bounds[:-1])
-    bucket = torch.ceil(torch.log2(lengths.float())).long()
+    bucket = torch.ceil(torch.log2(lengths.float())).long() if causal else lengths
     rectangles, cells, cell_of_token, offset = [], [], torch.empty(total, dtype=torch.int64), 0
     for b in bucket.unique().tolist():
         rows = (bucket == b).nonzero().flatten()
@@ -79,4 +120,23 @@ def make_segments(cu_seqlens: Tensor, used_tokens: int) -> Segments:
         rectangles=rectangles,
         cells=torch.cat(cells),
         cell_of_token=cell_of_token,
+        causal=causal,
+        blocks=[] if blocks is None else _samples_of(block_runs(blocks), cu),
     )
+
+
+def block_runs(blocks: Tensor) -> list[tuple[int, int]]:
+    """[-1 -1 7 7 8 8 -1] -> [(2, 4), (4, 6)]: first token of every block, and the one behind its last."""
+    changes = (blocks[1:] != blocks[:-1]).nonzero().flatten() + 1
+    edges = [0, *changes.tolist(), len(blocks)]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if blocks[a] >= 0]
+
+
+def _samples_of(runs: list[tuple[int, int]], cu: list[int]) -> list[tuple[int, int, int]]:
+    """Before each run, the first token of its sample."""
+    found = []
+    for start, end in runs:
+        sample = bisect.bisect_right(cu, start) - 1
+        assert end <= cu[sample + 1], f"tokens {start} to {end - 1} are one block in two samples"
+        found.append((cu[sample], start, end))
+    return found

@@ -14,7 +14,8 @@ from torch import Tensor
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.language import language_config, language_model
-from vlm_nemo.model.projector import Projector
+from vlm_nemo.model.projector.build import build_projector
+from vlm_nemo.model.views import VisionBatch
 from vlm_nemo.model.vision import VisionTower
 from vlm_nemo.runtime.config import ParallelConfig
 
@@ -38,24 +39,25 @@ class VLM(MegatronModule):
         self.share_embeddings_and_output_weights = cfg.language.tied_embeddings
         if self.pre_process:
             self.vision = VisionTower(cfg.vision, parallel, dtype)
-            self.projector = Projector(cfg.projector, cfg.vision.hidden_size, cfg.language.hidden_size, parallel, dtype)
+            self.projector = build_projector(cfg, parallel, dtype)
         self.language = language_model(
             cfg.language, config, first=self.pre_process, last=self.post_process, vp_stage=vp_stage
         )
 
-    def forward(self, batch: ModelBatch, *, gather_logits: bool = False, image_embeds: Tensor | None = None) -> Tensor:
+    def forward(self, batch: ModelBatch, *, gather_logits: bool = False, image_rows: Tensor | None = None) -> Tensor:
         """Last stage: the loss of every token [1, T], or with gather_logits the logits [1, T, V] (of a generation
         step, those after each row: [1, rows, V]). Earlier stages: hidden states [T, 1, D] (split over the tensor
         group under sequence parallelism).
 
-        image_embeds: [N, P, D], the result of `embed_images` for this batch, where it is known already.
+        image_rows: the result of `embed_images` for this batch, where it is known already.
         """
         x = None
         if self.pre_process:
             x = self.language.embedding(input_ids=batch.tokens, position_ids=batch.positions)
-            x = place_images(
-                x, self.embed_images(batch.images) if image_embeds is None else image_embeds, batch.image_slots
-            )
+            if image_rows is None:
+                assert batch.views is not None, "every row of training has a view, were it a blank one"
+                image_rows = self.embed_images(batch.views)
+            x = place_images(x, image_rows, batch.image_slots, batch.image_sources)
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
         return self.language(
@@ -68,12 +70,14 @@ class VLM(MegatronModule):
             runtime_gather_output=gather_logits or None,
         )
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] uint8 -> [N, P, D]. A frozen tower saves no activations."""
+    def embed_images(self, views: VisionBatch) -> Tensor:
+        """[E + K, D]: the views' embeddings, then the projector's K extra rows. A frozen tower saves no activations."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            features = self.vision(images)
-        return self.projector(features)
+            features = self.vision(views)
+        rows = self.projector(features, views.grids)
+        extra = self.projector.extra_rows()
+        return rows if extra is None else torch.cat((rows, extra))
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Called by megatron's schedules with the previous stage's hidden states."""
@@ -84,14 +88,14 @@ class VLM(MegatronModule):
         return self.language.shared_embedding_or_output_weight()
 
 
-def place_images(embeds: Tensor, images: Tensor, slots: Tensor) -> Tensor:
-    """Put image embeddings where their placeholders are.
+def place_images(embeds: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
+    """Put what the images gave where their placeholders are.
 
-    embeds: [T, 1, D]; images: [N, P, D], in order of appearance; slots: [N * P] rows of embeds, or empty, when the
-    images are a blank stand-in: it then takes part with weight zero, so that its layers still receive (zero)
-    gradients and every rank runs the same collectives. Counts are checked in `model_batch`.
+    embeds: [T, 1, D]; rows: [E + K, D], see `VLM.embed_images`; slots: [M] rows of embeds; sources: [M], which of
+    `rows` stands there. Without placeholders the images are a blank stand-in: it takes part with weight zero, so that
+    its layers still receive (zero) gradients and every rank runs the same collectives. Counts are checked in
+    `model_batch`.
     """
-    flat = images.flatten(0, 1).unsqueeze(1).to(embeds.dtype)
     if slots.numel() == 0:
-        return embeds + flat.sum() * 0.0
-    return embeds.index_copy(0, slots, flat)
+        return embeds + rows.sum().to(embeds.dtype) * 0.0
+    return embeds.index_copy(0, slots, rows[sources].unsqueeze(1).to(embeds.dtype))

@@ -59,7 +59,7 @@ class Accounting:
                 self.model_cfg,
                 {part: rate is not None for part, rate in rates.items()},
                 lengths=[n for batch in data.batches for n in sample_lengths(batch)],
-                images=sum(batch.images.shape[0] for batch in data.batches),
+                grids=[(rows, columns) for batch in data.batches for rows, columns in batch.images.grids.tolist()],
                 supervised=supervised,
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))

@@ -1,18 +1,24 @@
 """Floating-point operations that a step needs, for an honest MFU.
 
-Counted: matrix products over real tokens. Not counted: padding, recomputation, attention across samples, gradients of
-frozen weights, the head where no label is. A matrix product of P parameters over T tokens is 2 P T forward; backward
-adds 2 P T for the input's gradient where something upstream learns, and 2 P T for the weights' where they learn.
-Causal attention of a sample of s tokens is 2 s^2 d a layer forward (half of the full square), twice that backward.
+Counted: matrix products over real tokens and patches. Not counted: padding, blank stand-ins, recomputation, attention
+across samples, what an image's tokens see of those behind them, gradients of frozen weights, the head where no label
+is. A matrix product of P parameters over T tokens is 2 P T forward; backward adds 2 P T for the input's gradient where
+something upstream learns, and 2 P T for the weights' where they learn. Causal attention of a sample of s tokens is
+2 s^2 d a layer forward (half of the full square), twice that backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import layers_used, output_tokens
+from vlm_nemo.data.layout.spec import view_tokens
+from vlm_nemo.model.config import LanguageConfig, ModelConfig, VisionConfig
+from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.vision import layers_used
+
+Grid = tuple[int, int]
+"""Rows and columns of patches of a view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,37 +36,92 @@ class Flops:
 
 
 def step_flops(
-    cfg: ModelConfig, trained: Mapping[str, bool], *, lengths: Sequence[int], images: int, supervised: int
+    cfg: ModelConfig, trained: Mapping[str, bool], *, lengths: Sequence[int], grids: Sequence[Grid], supervised: int
 ) -> Flops:
     """FLOPs of forward and backward.
 
-    trained: part -> whether it learns; lengths: tokens of every sample, image tokens included; images: how many;
+    trained: part -> whether it learns; lengths: tokens of every sample, image tokens included; grids: of every view;
     supervised: labels that take part in the loss.
     """
-    v, lang = cfg.vision, cfg.language
-    patches = (v.image_size // v.patch_size) ** 2
-    v_tokens = (patches + int(v.class_token)) * images
-    v_layers = layers_used(v)
-    v_layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.ffn_hidden_size
-    v_linear = 2 * v_layers * v_layer * v_tokens
-    v_attention = 4 * v_layers * v.hidden_size * (patches + int(v.class_token)) * v_tokens
-    embed = 2 * 3 * v.patch_size**2 * v.hidden_size * patches * images
-    vision = (v_linear + v_attention) * (3 if trained["vision"] else 1) + embed * (2 if trained["vision"] else 1)
+    lang = cfg.language
+    linear, attention, embed = _tower(cfg.vision, grids)
+    vision = (linear + attention) * (3 if trained["vision"] else 1) + embed * (2 if trained["vision"] else 1)
 
-    rows = output_tokens(v) * images
-    widths = [v.hidden_size] + [lang.hidden_size] * cfg.projector.num_layers
     projector = 0.0
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (parameters, rows) in enumerate(_projections(cfg, grids)):
         upstream = trained["vision"] or (i > 0 and trained["projector"])
-        projector += 2 * a * b * rows * (1 + upstream + trained["projector"])
+        projector += 2 * parameters * rows * (1 + upstream + trained["projector"])
 
-    tokens, squares = sum(lengths), sum(n * n for n in lengths)
-    head_dim = lang.hidden_size // lang.num_heads
-    layer = lang.hidden_size * head_dim * (2 * lang.num_heads + 2 * lang.num_kv_heads)
-    layer += 3 * lang.hidden_size * lang.ffn_hidden_size
     backward_through = any(trained.values())
     passes = 1 + backward_through + trained["language"]
-    language = 2 * lang.num_layers * layer * tokens * passes
-    language += 2 * lang.num_layers * lang.hidden_size * squares * (3 if backward_through else 1)
+    language = 2 * lang.num_layers * decoder_layer(lang) * sum(lengths) * passes
+    seen = sum(_seen(lang, i, n) for i in range(lang.num_layers) for n in lengths)
+    language += 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
     head = 2 * lang.hidden_size * lang.vocab_size * supervised * passes
     return Flops(vision=float(vision), projector=float(projector), language=float(language), head=float(head))
+
+
+def decoder_layer(lang: LanguageConfig) -> int:
+    """Parameters in the matrices of one layer."""
+    attention = lang.hidden_size * _head_dim(lang) * (2 * lang.num_heads + 2 * lang.num_kv_heads)
+    return attention + 3 * lang.hidden_size * lang.ffn_hidden_size
+
+
+def _head_dim(lang: LanguageConfig) -> int:
+    return lang.head_dim or lang.hidden_size // lang.num_heads
+
+
+def _seen(lang: LanguageConfig, layer: int, n: int) -> float:
+    """Pairs of query and key that the causal attention of a sample of n tokens needs: half a square, or a band."""
+    local = lang.window is not None and (lang.global_every is None or (layer + 1) % lang.global_every != 0)
+    if lang.window is None or not local or n <= lang.window:
+        return n * n / 2
+    return lang.window * n - lang.window**2 / 2
+
+
+def _tower(v: VisionConfig, grids: Sequence[Grid]) -> tuple[int, int, int]:
+    """Forward: the layers' matrices, their attention, and the patches' own product."""
+    patches = sum(rows * columns for rows, columns in grids)
+    tokens = patches + len(grids) * v.class_token
+    layer = 4 * v.hidden_size**2 + (3 if v.gated else 2) * v.hidden_size * v.ffn_hidden_size
+    pairs = sum(
+        _pairs(v, grid, None if v.window is None or i in v.full_attention_layers else v.window // v.patch_size)
+        for i in range(layers_used(v))
+        for grid in grids
+    )
+    embed = 2 * 3 * v.patch_size**2 * v.temporal_patch_size * v.hidden_size * patches
+    return 2 * layers_used(v) * layer * tokens, 4 * v.hidden_size * pairs, embed
+
+
+def _pairs(v: VisionConfig, grid: Grid, window: int | None) -> int:
+    """Pairs of query and key in a view, or in its windows of so many patches a side."""
+    if window is None:
+        return (grid[0] * grid[1] + v.class_token) ** 2
+    high, wide = ([min(window, side - at) for at in range(0, side, window)] for side in grid)
+    return sum((h * w) ** 2 for h in high for w in wide)
+
+
+def _projections(cfg: ModelConfig, grids: Sequence[Grid]) -> Iterator[tuple[int, int]]:
+    """(parameters, rows) of the projector's matrices; what its queries and keys give one another is left out."""
+    p, spec, wide = cfg.projector, spec_of(cfg), cfg.language.hidden_size
+    embeddings = sum(view_tokens(spec, grid) for grid in grids)
+    features = sum(rows * columns for rows, columns in grids) + len(grids) * spec.class_token
+    given = cfg.vision.hidden_size * (1 if cfg.reduce.kind == "average_pool" else spec.factor**2)
+    if p.kind in ("mlp", "cross_attention"):
+        hidden = p.hidden_size or wide
+        widths = [given, *[hidden] * (p.num_layers - 1), wide]
+        yield from ((a * b, embeddings) for a, b in zip(widths, widths[1:], strict=False))
+    elif p.kind == "visual_vocabulary":
+        yield given * (p.vocabulary - p.indicators), embeddings
+        yield p.vocabulary * wide, embeddings
+    else:
+        hidden, gated = p.hidden_size or wide, p.kind == "perceiver"
+        inside = p.ffn_hidden_size or 4 * hidden
+        heads = (p.num_kv_heads or p.num_heads) / p.num_heads
+        for i in range(p.num_layers):
+            looks = gated or i % p.cross_attention_every == 0
+            if looks:
+                yield round(2 * heads * given * hidden), features
+            own = 2 * hidden**2 + (0 if gated else 2 * hidden**2) + (2 * hidden**2 if looks and not gated else 0)
+            yield own + (3 if gated else 2) * hidden * inside, embeddings
+        yield hidden * wide, embeddings

@@ -21,7 +21,6 @@ from vlm_nemo.data.loader import StepData
 from vlm_nemo.data.sample import NothingUsable
 from vlm_nemo.model.batch import ModelBatch, model_batch
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import output_tokens
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
@@ -135,14 +134,7 @@ class Trainer:
         return step
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
-        vision = self.model_cfg.vision
-        return model_batch(
-            row,
-            image_token=self.image_token,
-            tokens_per_image=output_tokens(vision),
-            image_size=vision.image_size,
-            device=device.device(),
-        )
+        return model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device())
 
     def _next(self) -> StepData:
         """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""

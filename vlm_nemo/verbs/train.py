@@ -22,7 +22,7 @@ from vlm_nemo.data.prepare.advice import WARN_BELOW, Fill, advise, pack_fill, pe
 from vlm_nemo.data.storage.store import redact
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
-from vlm_nemo.model.vision import spec_of
+from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
@@ -81,7 +81,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     loader = Feed(
         lambda: Loader(
             cfg.data,
-            spec_of(cfg.model.vision),
+            spec_of(cfg.model),
             tokenizer,
             seed=cfg.seed,
             max_tokens=cfg.model.language.max_positions,
