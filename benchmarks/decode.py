@@ -1,4 +1,4 @@
-"""Images a CPU second: from JPEGs in shards to what the vision tower takes, 336 x 336.
+"""Images a CPU second: from JPEGs in shards to what the vision tower takes, patches of 336 x 336.
 
 ours    index and pread -> simplejpeg (strict) -> PyTorch's antialiased bicubic on uint8 -> uint8; the device normalises
 theirs  webdataset -> PIL decode -> PIL bicubic -> float32, normalised (torchvision's ToTensor and Normalize)
@@ -19,14 +19,15 @@ from PIL import Image
 from benchmarks.made import SOURCE, conversations, prepared, tars
 from benchmarks.paired import compare, timed
 from benchmarks.report import parser, save, show
-from vlm_nemo.data.image import decode_images
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.image import decode_image
+from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.storage.shards import ShardFolder
 
 SIDE = 336
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SPEC = ImageSpec(size=SIDE, tokens=576, aspect="squash", mean=MEAN)
+SPEC = image_spec(LayoutConfig(aspect="squash"), size=SIDE, patch=14, mean=MEAN)
 SIZES = ((384, 384), (512, 512), (1024, 768))
 CLAIMED = (512, 512)
 
@@ -35,7 +36,11 @@ def ours(source: Path) -> Callable[[], int]:
     folder = ShardFolder(str(source))
 
     def run() -> int:
-        return sum(len(decode_images(folder.images(i), SPEC, torch_resize)) for i in range(len(folder)))
+        return sum(
+            len(decode_image(data, SPEC, torch_resize)[1].grids)
+            for i in range(len(folder))
+            for data in folder.images(i)
+        )
 
     return run
 

@@ -48,8 +48,8 @@ class Batch(NamedTuple):
 
 
 def ours(out: Path, threads: int) -> Iterator[Batch]:
-    from vlm_nemo.data.config import DataConfig, PackConfig, SourceConfig
-    from vlm_nemo.data.layout import ImageSpec
+    from vlm_nemo.data.config import DataConfig, LayoutConfig, PackConfig, SourceConfig
+    from vlm_nemo.data.layout.spec import image_spec
     from vlm_nemo.data.loader import Loader
     from vlm_nemo.data.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ def ours(out: Path, threads: int) -> Iterator[Batch]:
         threads=threads,
     )
     logging.disable()  # that lengths are not prepared
-    spec = ImageSpec(size=SIDE, tokens=PLACEHOLDERS, aspect="crop", mean=MEAN)
+    spec = image_spec(LayoutConfig(aspect="crop"), size=SIDE, patch=PATCH, mean=MEAN)
     tokenizer = Tokenizer(cfg.tokenizer)
     with closing(Loader(cfg, spec, tokenizer, seed=0, max_tokens=CAPACITY, dp_rank=0, dp_size=1)) as loader:
         while True:

@@ -37,7 +37,13 @@ TOWERS: dict[str, Part] = {
     ),
     "intern_vit": dict(patch_bias=True, activation="gelu", pre_norm=False, layer_scale=0.1, feature_layer=-1),
     "intern_vit_6b": dict(
-        norm="rmsnorm", qkv_bias=False, qk_norm=True, pre_norm=False, layer_scale=0.1, feature_layer=-1, activation="gelu"
+        norm="rmsnorm",
+        qkv_bias=False,
+        qk_norm=True,
+        pre_norm=False,
+        layer_scale=0.1,
+        feature_layer=-1,
+        activation="gelu",
     ),
     "qwen2_vit": dict(position="rope", temporal_patch_size=2, class_token=False, pre_norm=False, feature_layer=-1),
     "qwen25_vit": dict(position="rope", temporal_patch_size=2, window=16, full_attention_layers=[2], **RMS),
@@ -183,6 +189,7 @@ def _row(cfg: ModelConfig, images: list[int], seed: int, capacity: int) -> Packe
             patches=torch.cat([none, *patches]),
             grids=torch.tensor(shapes, dtype=torch.int64).view(-1, 2),
             views=torch.ones(len(shapes), dtype=torch.int64),
+            embeddings=torch.tensor([view_tokens(spec, grid) for grid in shapes], dtype=torch.int64),
             slots=torch.tensor(slots, dtype=torch.int64),
             sources=torch.tensor(sources, dtype=torch.int64),
         ),

@@ -29,6 +29,7 @@ def squares(
         patches=np.stack(cut) if cut else np.zeros((0, 3 * patch**2), np.uint8),
         grids=np.full((len(pixels), 2), side, dtype=np.int64),
         views=np.ones(len(pixels), dtype=np.int64),
+        embeddings=np.full(len(pixels), len(slots) // max(1, len(pixels)), dtype=np.int64),
         slots=slots,
         sources=np.arange(len(slots), dtype=np.int64),
     )

@@ -17,6 +17,7 @@ import pytest
 
 from vlm_nemo import cli
 from vlm_nemo.cli import main
+from vlm_nemo.model.config import RopeScaling
 from vlm_nemo.options import options
 from vlm_nemo.runtime import local
 from vlm_nemo.runtime.config import ParallelConfig
@@ -191,9 +192,9 @@ def test_validate_and_cfg_stop_before_the_work(capsys: pytest.CaptureFixture[str
             dict(tensor=3),
             3,
             6,
-            "parallel.tensor=3 does not divide model.language.num_heads=4; .* parallel.tensor=1 or 2$",
+            "parallel.tensor=3 does not divide model.language.num_heads=4; .* parallel.tensor=1 or 2 or 4$",
         ),
-        (dict(tensor=4), 4, 8, "parallel.tensor=4 does not divide model.language.num_kv_heads=2"),
+        (dict(tensor=8), 8, 8, "parallel.tensor=8 does not divide model.language.num_heads=4"),
         (dict(pipeline=8), 8, 8, "parallel.pipeline=8 is deeper than model.language.num_layers=4"),
         (
             dict(pipeline=3),
@@ -233,6 +234,35 @@ def test_heads_that_do_not_fit_the_width() -> None:
             check_layout(ParallelConfig(), model, world_size=1, global_packs=1)
 
 
+def test_key_value_heads_that_tensor_ranks_cannot_share() -> None:
+    model = tiny_model()
+    model.language.num_heads, model.language.num_kv_heads = 12, 6
+    model.language.head_dim = 8
+    model.vision.hidden_size, model.vision.num_heads = 48, 12
+    with pytest.raises(UserError, match=r"neither divides model.language.num_kv_heads=6 nor .*tensor=1 or 2$"):
+        check_layout(ParallelConfig(tensor=4), model, world_size=4)
+    model.language.num_kv_heads = 1
+    check_layout(ParallelConfig(tensor=4), model, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (dict(mrope_section=[1, 1, 1]), r"mrope_section=\[1, 1, 1\] must be three numbers that sum to 4"),
+        (dict(mrope_section=[2, 2]), "must be three numbers that sum to 4"),
+        (dict(head_dim=7), "7 wide .* make model.language.head_dim even"),
+        (dict(window=0), "window=0: the smallest is 1; null turns it off"),
+        (dict(global_every=2), "global_every=2 is of layers with a window; set model.language.window"),
+        (dict(rope_local_base=1e4), "rope_local_base=10000.0 is of layers with a window"),
+        (dict(rope_scaling=RopeScaling(kind="linear", factor=0.5)), "rope_scaling.factor=0.5: the smallest is 1"),
+        (dict(rope_scaling=RopeScaling(kind="llama3", low_freq_factor=4.0)), "low_freq_factor=4.0 must lie between"),
+    ],
+)
+def test_a_decoder_that_means_nothing(changed: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_layout(ParallelConfig(), tiny_model(**changed), world_size=1)
+
+
 def test_rows_are_cut_evenly_under_sequence_parallelism() -> None:
     layout = ParallelConfig(tensor=2, sequence=True)
     with pytest.raises(UserError, match="data.pack.capacity=63; make it a multiple of 2"):
@@ -261,7 +291,14 @@ def test_micro_batches_of_several_rows(layout: dict[str, int], world: int, packs
 
 @pytest.mark.parametrize(
     ("layout", "world"),
-    [(dict(), 1), (dict(), 8), (dict(tensor=2), 4), (dict(pipeline=2, virtual=2), 2), (dict(tensor=2, pipeline=4), 8)],
+    [
+        (dict(), 1),
+        (dict(), 8),
+        (dict(tensor=2), 4),
+        (dict(tensor=4), 4),
+        (dict(pipeline=2, virtual=2), 2),
+        (dict(tensor=2, pipeline=4), 8),
+    ],
 )
 def test_a_layout_that_fits(layout: dict[str, int], world: int) -> None:
     check_layout(ParallelConfig(**layout), tiny_model(), world_size=world, global_packs=8, capacity=64)

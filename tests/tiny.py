@@ -6,7 +6,7 @@ import torch
 
 from tests.squares import squares
 from vlm_nemo.data.config import LayoutConfig
-from vlm_nemo.model.batch import tensors
+from vlm_nemo.data.packing import as_tensors
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
@@ -18,9 +18,7 @@ def tiny_model(**language: object) -> ModelConfig:
     """Four language layers (so that pipeline x virtual = 4 fits), four heads, images of four patches."""
     return ModelConfig(
         layout=LayoutConfig(aspect="squash"),
-        vision=VisionConfig(
-            image_size=16, patch_size=8, hidden_size=16, num_layers=3, num_heads=4, ffn_hidden_size=32
-        ),
+        vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, num_layers=3, num_heads=4, ffn_hidden_size=32),
         projector=ProjectorConfig(),
         language=LanguageConfig(
             vocab_size=64,
@@ -51,7 +49,7 @@ def images(tokens: torch.Tensor, pixels: torch.Tensor) -> Images[torch.Tensor]:
     """[n, 3, 16, 16], in the placeholders' places."""
     found = squares(pixels.numpy(), tokens.tolist(), IMAGE, patch=8)
     assert found is not None
-    return tensors(found)
+    return as_tensors(found)
 
 
 def row(samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], capacity: int) -> PackedBatch:

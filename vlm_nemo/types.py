@@ -55,6 +55,8 @@ class Images(Generic[Array]):
     """[V, 2] int64: rows and columns of patches of every view"""
     views: Array
     """[N] int64: views of every image"""
+    embeddings: Array
+    """[N] int64: what the views of every image give; not all of them need have a place"""
     slots: Array
     """[M] int64, ascending: places in the row's (sample's, prompt's) tokens; for a decoder that looks at images by
     cross-attention [N], the places of the image tokens, and no sources"""

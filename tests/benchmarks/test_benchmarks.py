@@ -20,6 +20,7 @@ from benchmarks.packers import METHODS
 from benchmarks.packing import measure, mixes
 from benchmarks.paired import Paired, compare
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
+from vlm_nemo.data.layout.plan import plain
 from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 
@@ -110,10 +111,10 @@ def test_both_loaders_supervise_the_same_tokens(tmp_path: Path) -> None:
     ours = 0
     for number in range(len(folder)):
         record = folder.record(number)
-        tokens, labels = encode_conversation(record.messages, tokenizer, TEMPLATES["vicuna"], [PLACEHOLDERS])
-        ours += sum(label != -100 for label in labels)
+        text = encode_conversation(record.messages, tokenizer, TEMPLATES["vicuna"], [plain(PLACEHOLDERS)])
+        ours += sum(label != -100 for label in text.labels)
         if number == 0:
-            again = tokenizer.decode(tokens)
+            again = tokenizer.decode(text.tokens)
             assert spoken(record.messages).replace("<s>", "").replace("</s>", "").replace("<image>", "") == again
     # The stream shuffles within a pass: three batches of 16 are the whole data set
     batches = list(islice(theirs(out), 3))

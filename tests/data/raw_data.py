@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ import numpy as np
 from PIL import Image
 
 from vlm_nemo.data.chat import TEMPLATES
-from vlm_nemo.data.config import DataConfig, PackConfig, PrepareConfig, SourceConfig
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.config import DataConfig, LayoutConfig, PackConfig, PrepareConfig, SourceConfig
+from vlm_nemo.data.layout.cut import Pixels
+from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.lengths import fingerprint, lengths_path, measure, write_lengths
 from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.sample import Record, SampleError
 from vlm_nemo.data.storage.shards import FORMAT, MANIFEST, ShardFolder, index_path
 from vlm_nemo.data.tokenizer import Tokenizer
 
-SPEC = ImageSpec(size=32, tokens=4, aspect="pad", mean=(0.5, 0.5, 0.5))
+SPEC = image_spec(LayoutConfig(), size=32, patch=16)
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), form: str = "JPEG", mode: str = "RGB", **how: Any) -> bytes:
@@ -31,6 +33,13 @@ def picture(seed: int, size: tuple[int, int] = (40, 30), form: str = "JPEG", mod
     stream = io.BytesIO()
     image.save(stream, form, **({"quality": 92} if form == "JPEG" else {}), **how)
     return stream.getvalue()
+
+
+def pixels_of(patches: Pixels, grid: tuple[int, int]) -> Pixels:
+    """Patches of one view put together again: [P, p*p*3] -> [H, W, 3]."""
+    rows, columns = grid
+    side = math.isqrt(patches.shape[1] // 3)
+    return patches.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(rows * side, -1, 3)
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -147,11 +156,11 @@ def finish_folder(folder: Path, records: list[int]) -> None:
 def write_all_lengths(prepared: Path, template: str = "short", tokenizer: Tokenizer | None = None) -> None:
     """Put the lengths beside every shard of every source in a folder."""
     tokenizer = tokenizer or Tokenizer(prepared / "tokenizer")
-    name = fingerprint(tokenizer, TEMPLATES[template])
+    name = fingerprint(tokenizer, TEMPLATES[template], LayoutConfig())
     for manifest in prepared.glob(f"*/{MANIFEST}"):
         folder = ShardFolder(manifest.parent)
         records = [_record_or_error(folder, i) for i in range(len(folder))]
-        lengths = measure(records, tokenizer, TEMPLATES[template])
+        lengths = measure(records, tokenizer, TEMPLATES[template], LayoutConfig())
         start = 0
         for shard in json.loads(manifest.read_text())["shards"]:
             end = start + shard["records"]

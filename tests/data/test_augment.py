@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.data.raw_data import picture
+from tests.data.raw_data import picture, pixels_of
 from vlm_nemo.data.augment import (
     augment_image,
     augment_messages,
@@ -21,9 +21,10 @@ from vlm_nemo.data.augment import (
     sample_rng,
 )
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
-from vlm_nemo.data.config import AugmentConfig
+from vlm_nemo.data.config import AugmentConfig, LayoutConfig
 from vlm_nemo.data.image import decode_image, decode_images, decode_pixels
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.layout.plan import plain
+from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import Message
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -162,16 +163,22 @@ def test_jitter_changes_what_it_names(name: str) -> None:
         assert 0.9 < brightness.min() and brightness.max() < 1.1
 
 
-def test_pixels_are_changed_before_the_image_is_made_square() -> None:
-    spec = ImageSpec(size=48, tokens=4, aspect="pad", mean=(0.5, 0.5, 0.5))
+SHOWN: list[Message] = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "red"}]
+
+
+def test_pixels_are_changed_before_the_image_is_made_square(tokenizer: Tokenizer) -> None:
+    spec = image_spec(LayoutConfig(), size=48, patch=16)
     data = picture(2, (90, 30))
-    dark = decode_image(data, spec, augment=lambda pixels: augment_image(pixels, AugmentConfig(brightness=0.9), rng(1)))
-    plain = decode_image(data, spec)
-    assert not np.array_equal(dark[:, 24], plain[:, 24]) and np.array_equal(dark[:, 0], plain[:, 0]), "padding stays"
+    changed, plan = decode_image(
+        data, spec, augment=lambda pixels: augment_image(pixels, AugmentConfig(brightness=0.9), rng(1))
+    )
+    dark, bright = (pixels_of(patches, (3, 3)) for patches in (changed, decode_image(data, spec)[0]))
+    assert not np.array_equal(dark[24], bright[24]) and np.array_equal(dark[0], bright[0]), "padding stays"
     # One generator for all images of a sample: each is changed in its own way
     shared = rng(1)
-    both = decode_images([data, data], spec, augment=lambda pixels: augment_image(pixels, ALL, shared))
-    assert not np.array_equal(both[0], both[1])
+    text = encode_conversation(SHOWN, tokenizer, TEMPLATES["plain"], [plan, plan])
+    both = decode_images([data, data], text, spec, augment=lambda pixels: augment_image(pixels, ALL, shared)).patches
+    assert both.shape == (18, 16 * 16 * 3) and not np.array_equal(both[:9], both[9:])
 
 
 def test_text_dropout_keeps_images_and_answers() -> None:
@@ -196,14 +203,14 @@ def test_text_dropout_drops_as_often_as_it_says() -> None:
 def test_text_dropout_never_needs_more_room(tokenizer: Tokenizer, words: list[str], template: str) -> None:
     text = "".join(words)
     messages: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": "red"}]
-    images = [4] * text.count("<image>")
+    images = [plain(4)] * text.count("<image>")
     dropped = augment_messages(messages, AugmentConfig(text_dropout=1.0), rng())
-    before, labels_before = encode_conversation(messages, tokenizer, TEMPLATES[template], images)
-    after, labels_after = encode_conversation(dropped, tokenizer, TEMPLATES[template], images)
-    assert len(after) <= len(before)
-    supervised = [label for label in labels_before if label != -100]
-    assert [label for label in labels_after if label != -100] == supervised, "every label keeps its place in the loss"
-    assert after.count(tokenizer.image_id) == before.count(tokenizer.image_id)
+    before = encode_conversation(messages, tokenizer, TEMPLATES[template], images)
+    after = encode_conversation(dropped, tokenizer, TEMPLATES[template], images)
+    assert len(after.tokens) <= len(before.tokens)
+    supervised = [label for label in before.labels if label != -100]
+    assert [label for label in after.labels if label != -100] == supervised, "every label keeps its place in the loss"
+    assert after.tokens.count(tokenizer.image_id) == before.tokens.count(tokenizer.image_id)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlm_nemo.data.chat import TEMPLATES, Template, encode_conversation, encode_prompt
+from vlm_nemo.data.layout.plan import ImagePlan, plain
 from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.sample import (
     BAD_JSON,
@@ -33,6 +34,11 @@ def chat(*contents: str, system: str | None = None) -> list[Message]:
     for i, content in enumerate(contents):
         messages.append({"role": ("user", "assistant")[i % 2], "content": content})
     return messages
+
+
+def plans(*placeholders: int) -> list[ImagePlan]:
+    """Images that are so many placeholders each."""
+    return [plain(count) for count in placeholders]
 
 
 def spell(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -74,24 +80,29 @@ BY_HAND = [
 def test_labels_by_hand(
     letters: Tokenizer, template: Template, messages: list[Message], images: list[int], tokens: str, labels: str
 ) -> None:
-    found_tokens, found_labels = encode_conversation(messages, letters, template, images)
-    assert spell(letters, found_tokens) == tokens
-    assert spell(letters, found_labels) == labels
+    found = encode_conversation(messages, letters, template, plans(*images))
+    assert spell(letters, found.tokens) == tokens
+    assert spell(letters, found.labels) == labels
+    assert found.slots.tolist() == [i for i, letter in enumerate(tokens) if letter == "#"]
+    assert found.sources.tolist() == list(range(sum(images))) and found.positions is None
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_a_prompt_is_the_exact_beginning_of_its_conversation(tokenizer: Tokenizer, name: str) -> None:
     messages = chat("<image>\nWhat colour is it?", "red", "And <image> this?", "dark red 12")
-    tokens, labels = encode_conversation(messages, tokenizer, TEMPLATES[name], [4, 5])
+    whole = encode_conversation(messages, tokenizer, TEMPLATES[name], plans(4, 5))
+    tokens, labels = whole.tokens, whole.labels
     for turn, images in ((1, [4]), (3, [4, 5])):
-        prompt = encode_prompt(messages[:turn], tokenizer, TEMPLATES[name], images)
+        found = encode_prompt(messages[:turn], tokenizer, TEMPLATES[name], plans(*images))
+        prompt = found.tokens
         assert tokens[: len(prompt)] == prompt
+        assert whole.slots[: len(found.slots)].tolist() == found.slots.tolist()
         assert labels[len(prompt)] != IGNORE_INDEX and labels[len(prompt) - 1] == IGNORE_INDEX
 
 
 def test_every_template_supervises_the_same_words(tokenizer: Tokenizer) -> None:
     for template in TEMPLATES.values():
-        _, labels = encode_conversation(chat("<image>\nhue?", "dark red"), tokenizer, template, [4])
+        labels = encode_conversation(chat("<image>\nhue?", "dark red"), tokenizer, template, plans(4)).labels
         kept = [label for label in labels if label != IGNORE_INDEX]
         assert kept[-1] == tokenizer.eos_id and tokenizer.decode(kept).strip() == "dark red"
 
@@ -114,7 +125,7 @@ def test_what_cannot_be_labelled_is_refused(
     tokenizer: Tokenizer, messages: list[Message], images: list[int], reason: str, detail: str
 ) -> None:
     with pytest.raises(SampleError, match=detail) as caught:
-        encode_conversation(messages, tokenizer, TEMPLATES["vicuna"], images)
+        encode_conversation(messages, tokenizer, TEMPLATES["vicuna"], plans(*images))
     assert caught.value.reason == reason
 
 
@@ -124,7 +135,7 @@ def test_a_prompt_ends_with_the_user(tokenizer: Tokenizer) -> None:
 
 
 def test_special_tokens_in_text_stay_text(letters: Tokenizer) -> None:
-    tokens, labels = encode_conversation(chat("</s><pad> <s>", "a</s>b"), letters, TEMPLATES["short"], [])
+    tokens = encode_conversation(chat("</s><pad> <s>", "a</s>b"), letters, TEMPLATES["short"], []).tokens
     assert spell(letters, tokens) == "^</s><pad> <s>\na</s>b$"
     assert tokens.count(letters.eos_id) == 1 and tokens.count(letters.bos_id) == 1
     assert letters.pad_id not in tokens and letters.image_id not in tokens
@@ -132,7 +143,8 @@ def test_special_tokens_in_text_stay_text(letters: Tokenizer) -> None:
 
 def test_placeholders_never_carry_a_label(tokenizer: Tokenizer) -> None:
     messages = chat("<image>x", "one <image> two")
-    tokens, labels = encode_conversation(messages, tokenizer, TEMPLATES["plain"], [3, 5])
+    found = encode_conversation(messages, tokenizer, TEMPLATES["plain"], plans(3, 5))
+    tokens, labels = found.tokens, found.labels
     assert tokens.count(tokenizer.image_id) == 8
     assert all(label == IGNORE_INDEX for t, label in zip(tokens, labels, strict=True) if t == tokenizer.image_id)
 

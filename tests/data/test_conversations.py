@@ -106,6 +106,8 @@ def test_conversations_come_out_as_labelled_by_hand(tmp_path: Path, tokenizer: T
             sum(label != IGNORE_INDEX for label in by_hand(pieces, tokenizer)[1])
             for pieces in (TEXT_ONLY_BY_HAND, TWO_IMAGES_BY_HAND)
         )
-        assert len(batch.images) == 2
-        for decoded, data in zip(batch.images, images, strict=True):
-            assert decoded.numpy().tolist() == decode_image(data, SPEC, torch_resize).tolist()
+        assert batch.images.count == 2
+        for decoded, data in zip(batch.images.patches.split(4), images, strict=True):
+            assert decoded.numpy().tolist() == decode_image(data, SPEC, torch_resize)[0].tolist()
+        assert batch.tokens[batch.images.slots].tolist() == [tokenizer.image_id] * 8
+        assert batch.images.sources.tolist() == list(range(8))

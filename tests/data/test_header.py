@@ -40,14 +40,15 @@ import resource, sys
 from tests.data.bombs import bombs
 from tests.data.raw_data import picture
 from vlm_nemo.data.image import decode_image
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import IMAGE_SIZE, SampleError
 
 def kilobytes(what):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what + ":"))
 
-spec = ImageSpec(size=32, tokens=4, aspect="pad", mean=(0.5, 0.5, 0.5))
+spec = image_spec(LayoutConfig(), size=32, patch=16)
 for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
     decode_image(picture(1, (64, 48), form), spec, torch_resize)
 bad = bombs()

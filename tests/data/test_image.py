@@ -11,13 +11,19 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.data.bombs import png_file, sixteen_bit_png
-from tests.data.raw_data import picture
+from tests.data.raw_data import picture, pixels_of
 from vlm_nemo.data import image
+from vlm_nemo.data.chat import TEMPLATES, encode_prompt
+from vlm_nemo.data.config import LayoutConfig
 from vlm_nemo.data.header import read_header
-from vlm_nemo.data.image import Resize, decode_image, decode_images, decode_pixels, pil_resize
-from vlm_nemo.data.layout import ImageSpec, count_tokens, image_spec
+from vlm_nemo.data.image import Resize, decode_image, decode_images, decode_pixels, pil_resize, plan_images
+from vlm_nemo.data.layout.cut import Pixels
+from vlm_nemo.data.layout.images import count_tokens
+from vlm_nemo.data.layout.plan import plain
+from vlm_nemo.data.layout.spec import ImageSpec, image_spec
 from vlm_nemo.data.resize import torch_resize
-from vlm_nemo.data.sample import BROKEN_IMAGE, IMAGE_SIZE, SampleError
+from vlm_nemo.data.sample import BROKEN_IMAGE, IMAGE_SIZE, WRONG_LENGTH, Message, SampleError
+from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import UserError
 
 MEAN = (0.48, 0.46, 0.41)
@@ -26,7 +32,14 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def spec(size: int, aspect: str) -> ImageSpec:
-    return ImageSpec(size=size, tokens=4, aspect=aspect, mean=MEAN)
+    return image_spec(LayoutConfig(aspect=aspect), size=size, patch=size // 2, mean=MEAN)
+
+
+def square(data: bytes, spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
+    """The one view, [S, S, 3]."""
+    patches, plan = decode_image(data, spec, resize)
+    assert plan.grids == (spec.grid,) and patches.flags.c_contiguous
+    return pixels_of(patches, spec.grid)
 
 
 def by_pil(data: bytes, size: int, aspect: str) -> np.ndarray:
@@ -48,9 +61,9 @@ def by_pil(data: bytes, size: int, aspect: str) -> np.ndarray:
 
 
 def distance(data: bytes, size: int, aspect: str, resize: Resize = torch_resize) -> int:
-    ours = decode_image(data, spec(size, aspect), resize)
-    assert ours.shape == (3, size, size) and ours.flags.c_contiguous
-    return int(np.abs(ours.transpose(1, 2, 0).astype(int) - by_pil(data, size, aspect)).max())
+    ours = square(data, spec(size, aspect), resize)
+    assert ours.shape == (size, size, 3)
+    return int(np.abs(ours.astype(int) - by_pil(data, size, aspect)).max())
 
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
@@ -91,18 +104,18 @@ def test_other_formats(form: str, mode: str) -> None:
 def test_alpha_is_laid_over_white() -> None:
     stream = io.BytesIO()
     Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(stream, "PNG")
-    assert decode_image(stream.getvalue(), spec(16, "pad"))[:, 3, 3].tolist() == [255, 127, 127]
+    assert square(stream.getvalue(), spec(16, "pad"))[3, 3].tolist() == [255, 127, 127]
     palette = Image.new("P", (16, 16), 0)
     palette.putpalette([10, 20, 30])
     stream = io.BytesIO()
     palette.save(stream, "PNG", transparency=0)
-    assert decode_image(stream.getvalue(), spec(16, "pad"))[:, 3, 3].tolist() == [255, 255, 255]
+    assert square(stream.getvalue(), spec(16, "pad"))[3, 3].tolist() == [255, 255, 255]
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     stream = io.BytesIO()
     Image.fromarray(np.full((16, 16), 0x8000, dtype=np.uint16)).save(stream, "PNG")
-    assert decode_image(stream.getvalue(), spec(16, "pad"))[:, 0, 0].tolist() == [128, 128, 128]
+    assert square(stream.getvalue(), spec(16, "pad"))[0, 0].tolist() == [128, 128, 128]
 
 
 JPEG = picture(6, (64, 64))
@@ -194,17 +207,42 @@ def test_pixels_are_pils_in_every_mode(name: str) -> None:
     )
 
 
-def test_images_do_not_share_memory() -> None:
+def decode_together(datas: list[bytes], spec: ImageSpec, tokenizer: Tokenizer) -> Pixels:
+    messages: list[Message] = [{"role": "user", "content": "<image>" * len(datas)}]
+    text = encode_prompt(messages, tokenizer, TEMPLATES["plain"], plan_images(datas, spec))
+    images = decode_images(datas, text, spec)
+    assert images.views.tolist() == [1] * len(datas) and images.embeddings.tolist() == [4] * len(datas)
+    assert images.grids.tolist() == [[2, 2]] * len(datas)
+    return images.patches
+
+
+def test_a_text_without_images_has_none(tokenizer: Tokenizer) -> None:
+    text = encode_prompt([{"role": "user", "content": "hue?"}], tokenizer, TEMPLATES["plain"], [])
+    images = decode_images([], text, spec(32, "pad"))
+    assert images.count == 0 and images.patches.shape == (0, 768) and images.grids.shape == (0, 2)
+    assert not len(images.slots) and not len(images.sources) and images.slots.dtype == np.int64
+
+
+def test_an_image_of_another_shape_than_the_index_says_is_refused(tokenizer: Tokenizer) -> None:
+    messages: list[Message] = [{"role": "user", "content": "<image>"}]
+    where = spec(32, "pad")
+    text = encode_prompt(messages, tokenizer, TEMPLATES["plain"], [plain(5)])
+    with pytest.raises(SampleError, match="40 x 30 pixels") as caught:
+        decode_images([picture(1)], text, where)
+    assert caught.value.reason == WRONG_LENGTH
+
+
+def test_images_do_not_share_memory(tokenizer: Tokenizer) -> None:
     # Decoding goes through memory that a thread uses again and again; what it hands out must not lie there
     datas = [picture(i, (48, 48)) for i in range(3)]
     for size in (48, 20):
-        together = decode_images(datas, spec(size, "pad"))
-        alone = [decode_image(data, spec(size, "pad")) for data in datas]
+        together = decode_together(datas, spec(size, "pad"), tokenizer)
+        alone = [decode_image(data, spec(size, "pad"))[0] for data in datas]
         kept = [pixels.copy() for pixels in alone]
         decode_image(picture(9, (48, 48)), spec(size, "pad"))
-        assert np.array_equal(alone, kept) and np.array_equal(together, kept)
-        single = decode_images(datas[:1], spec(size, "pad"))
-        assert single.shape == (1, 3, size, size) and np.array_equal(single[0], kept[0])
+        assert np.array_equal(alone, kept) and np.array_equal(together, np.concatenate(kept))
+        single = decode_together(datas[:1], spec(size, "pad"), tokenizer)
+        assert single.shape == (4, 3 * (size // 2) ** 2) and np.array_equal(single, kept[0])
     whole = decode_pixels(datas[0])
     before = whole.copy()
     decode_pixels(datas[1])
@@ -214,17 +252,17 @@ def test_images_do_not_share_memory() -> None:
 
 def test_threads_decode_what_one_does() -> None:
     datas = [picture(i, (60 + i, 50)) for i in range(24)] * 4
-    expected = [decode_image(data, spec(32, "pad"), torch_resize) for data in datas]
+    expected = [decode_image(data, spec(32, "pad"), torch_resize)[0] for data in datas]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda data: decode_image(data, spec(32, "pad"), torch_resize), datas))
+        found = list(threads.map(lambda data: decode_image(data, spec(32, "pad"), torch_resize)[0], datas))
     assert np.array_equal(found, expected)
 
 
 def test_an_image_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     data = picture(1, (500, 333))
-    expected = decode_image(data, spec(64, "pad"))
+    expected, _ = decode_image(data, spec(64, "pad"))
     monkeypatch.setattr(image._THREAD, "scratch", np.empty(500 * 333 * 3 - 1, dtype=np.uint8))
-    assert np.array_equal(decode_image(data, spec(64, "pad")), expected)
+    assert np.array_equal(decode_image(data, spec(64, "pad"))[0], expected)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -267,9 +305,18 @@ def test_other_formats_cut_in_the_middle_are_refused(form: str) -> None:
 
 
 def test_image_spec_counts_placeholders() -> None:
-    assert image_spec(336, 14, False, "pad", MEAN).tokens == 576
-    assert count_tokens(image_spec(64, 16, True, "crop", MEAN), (40, 30)) == 17
+    layout = LayoutConfig()
+    assert count_tokens(image_spec(layout, size=336, patch=14), (40, 30)) == 576
+    assert count_tokens(image_spec(layout, size=64, patch=16, class_token=True), (40, 30)) == 17
+    assert count_tokens(image_spec(layout, size=64, patch=16, reduce="average_pool", factor=2), (40, 30)) == 4
+    assert count_tokens(image_spec(layout, size=48, patch=16, reduce="hidden_stride", factor=2), (40, 30)) == 4
+    assert count_tokens(image_spec(layout, size=64, patch=16, queries=7, reduce="merge", factor=3), (40, 30)) == 7
+    assert count_tokens(image_spec(layout, size=64, patch=16, cross_attention=True), (40, 30)) == 1
     with pytest.raises(UserError, match="image_size=65"):
-        image_spec(65, 16, False, "pad", MEAN)
+        image_spec(layout, size=65, patch=16)
     with pytest.raises(UserError, match="aspect=stretch"):
-        image_spec(64, 16, False, "stretch", MEAN)
+        image_spec(LayoutConfig(aspect="stretch"), size=64, patch=16)
+    with pytest.raises(UserError, match="factor=3 does not divide a view of 4 x 4"):
+        image_spec(layout, size=64, patch=16, reduce="merge", factor=3)
+    with pytest.raises(UserError, match="class token has no neighbours"):
+        image_spec(layout, size=64, patch=16, reduce="merge", factor=2, class_token=True)

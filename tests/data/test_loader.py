@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vlm_nemo.data import encode as encode_module
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
 from vlm_nemo.data.config import DataConfig, PackConfig, PrepareConfig, SourceConfig
 from vlm_nemo.data.image import decode_image
+from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.mixture import Mixture, build_mixture
@@ -29,7 +31,7 @@ from vlm_nemo.data.sample import BROKEN_IMAGE, NO_LABEL, TOO_LONG, Drop, ShardIm
 from vlm_nemo.data.storage.shards import ShardFolder, index_path
 from vlm_nemo.data.storage.write import write_shard
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 
 def load(cfg: DataConfig, tokenizer: Tokenizer, rank: int = 0, size: int = 1, **more: Any) -> Loader:
@@ -84,8 +86,10 @@ def test_a_resumed_batch_is_bitwise_the_same(prepared: Path, tokenizer: Tokenize
     with closing(load(cfg, tokenizer, state=state)) as second:
         again = second.next()
     for a, b in zip(expected.batches, again.batches, strict=True):
-        for name in ("tokens", "labels", "positions", "cu_seqlens", "images"):
+        for name in ("tokens", "labels", "positions", "cu_seqlens"):
             assert torch.equal(getattr(a, name), getattr(b, name))
+        for field in fields(Images):
+            assert torch.equal(getattr(a.images, field.name), getattr(b.images, field.name))
 
 
 def test_a_state_of_other_data_is_refused(prepared: Path, tokenizer: Tokenizer) -> None:
@@ -112,17 +116,20 @@ def test_a_batch_holds_what_the_shards_hold(prepared: Path, tokenizer: Tokenizer
             for key, start, end in zip(keys, bounds, bounds[1:], strict=False):
                 place = mixture[key]
                 record = folders[place.source].record(place.record)
-                tokens, labels = encode_conversation(
-                    record.messages, tokenizer, TEMPLATES["short"], [SPEC.tokens] * len(record.sizes)
-                )
+                plans = [plan_image(SPEC, size) for size in record.sizes]
+                text = encode_conversation(record.messages, tokenizer, TEMPLATES["short"], plans)
+                tokens, labels = text.tokens, text.labels
                 assert batch.tokens[start:end].tolist() == tokens
                 assert batch.labels[start : end - 1].tolist() == labels[1:] and batch.labels[end - 1] == -100
                 for data in folders[place.source].images(place.record):
-                    assert np.array_equal(batch.images[seen_images], decode_image(data, SPEC, torch_resize))
+                    patches = batch.images.patches[4 * seen_images : 4 * seen_images + 4]
+                    assert np.array_equal(patches, decode_image(data, SPEC, torch_resize)[0])
                     seen_images += 1
                 kinds[len(record.sizes)] += 1
-            assert seen_images == len(batch.images)
-            assert int((batch.tokens == tokenizer.image_id).sum()) == SPEC.tokens * seen_images
+            assert seen_images == batch.images.count
+            assert int((batch.tokens == tokenizer.image_id).sum()) == 4 * seen_images
+            assert (batch.tokens[batch.images.slots] == tokenizer.image_id).all()
+            assert batch.images.sources.tolist() == list(range(4 * seen_images))
             assert (batch.tokens[batch.used_tokens :] == tokenizer.pad_id).all()
     assert set(kinds) == {0, 1, 2}
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from vlm_nemo.data.packing import LEVELS, Packer, fill, pack_batch, share_out
-from vlm_nemo.data.positions import cumulative, rope_positions, segment_positions
+from vlm_nemo.data.positions import cumulative, grid_positions, rope_positions, segment_positions
 from vlm_nemo.data.sample import EncodedSample
-from vlm_nemo.types import IGNORE_INDEX
+from vlm_nemo.types import IGNORE_INDEX, Images
 
 
 def pack_all(lengths: list[int], capacity: int, pool: int) -> tuple[list[list[int]], list[int]]:
@@ -137,11 +141,41 @@ def test_sharing_out_by_hand() -> None:
     assert max(loads) * 8 / sum(loads) < 1.05 < max(turns) * 8 / sum(turns)
 
 
+def pictures(
+    colours: Sequence[int] = (), slots: Sequence[int] = (), sources: Sequence[int] = ()
+) -> Images[NDArray[Any]]:
+    """Images of one patch of 2 x 2 pixels each, in one colour, that give two embeddings."""
+    return Images(
+        patches=np.array([[colour] * 12 for colour in colours], dtype=np.uint8).reshape(-1, 12),
+        grids=np.ones((len(colours), 2), dtype=np.int64),
+        views=np.ones(len(colours), dtype=np.int64),
+        embeddings=np.full(len(colours), 2),
+        slots=np.array(slots, dtype=np.int64),
+        sources=np.array(sources, dtype=np.int64),
+    )
+
+
+def test_positions_of_a_sample_stay_its_own() -> None:
+    own = np.array([[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]])
+    assert (grid_positions(6, [(1, 2, 2)]) == own).all()
+    assert grid_positions(7, [(0, 1, 3), (4, 2, 1)]).tolist() == [
+        [0, 0, 0, 3, 4, 4, 6],
+        [0, 0, 0, 3, 4, 5, 6],
+        [0, 1, 2, 3, 4, 4, 6],
+    ]
+    text = EncodedSample(tokens=[5, 6], labels=[5, 6], images=pictures())
+    image = EncodedSample(tokens=[7] * 6, labels=[7] * 6, images=pictures(), positions=own)
+    batch = pack_batch([text, image, text], 12, pad_id=0, patch=2)
+    for axis in range(3):
+        assert batch.positions[axis].tolist() == [0, 1, *own[axis].tolist(), 0, 1, 0, 1]
+
+
 def test_several_rows_are_one_batch() -> None:
     """Two rows' samples side by side: every sample's own tokens, positions and labels, the padding of both last."""
-    none = torch.empty(0, 3, 2, 2, dtype=torch.uint8)
-    samples = [EncodedSample(tokens=[5 + i] * n, labels=[5 + i] * n, images=none) for i, n in enumerate((3, 4, 6))]
-    batch = pack_batch(samples, 2 * 8, pad_id=0, image_size=2)
+    samples = [
+        EncodedSample(tokens=[5 + i] * n, labels=[5 + i] * n, images=pictures()) for i, n in enumerate((3, 4, 6))
+    ]
+    batch = pack_batch(samples, 2 * 8, pad_id=0, patch=2)
     assert batch.cu_seqlens.tolist() == [0, 3, 7, 13, 16] and batch.used_tokens == 13 and batch.samples == 3
     assert batch.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1, 2]
 
@@ -170,27 +204,30 @@ def test_items_that_cannot_fit_are_refused() -> None:
 
 
 def test_a_row_by_hand() -> None:
-    red, blue = torch.full((1, 3, 2, 2), 1, dtype=torch.uint8), torch.full((2, 3, 2, 2), 2, dtype=torch.uint8)
+    red, blue = pictures([1], slots=[1, 2], sources=[0, -1]), pictures([2, 3], slots=[0, 1, 3], sources=[0, -1, 1])
     first = EncodedSample(tokens=[5, 6, 7], labels=[IGNORE_INDEX, 6, 7], images=red)
     second = EncodedSample(tokens=[8, 9, 10, 11], labels=[IGNORE_INDEX, IGNORE_INDEX, 10, 11], images=blue)
-    batch = pack_batch([first, second], 8, pad_id=0, image_size=2)
+    batch = pack_batch([first, second], 8, pad_id=0, patch=2)
     i = IGNORE_INDEX
     assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11, 0]
     assert batch.labels.tolist() == [6, 7, i, i, 10, 11, i, i]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]] * 3
     assert batch.cu_seqlens.tolist() == [0, 3, 7, 8] and batch.cu_seqlens.dtype == torch.int32
     assert (batch.samples, batch.used_tokens, batch.supervised) == (2, 7, 4)
-    assert batch.images[:, 0, 0, 0].tolist() == [1, 2, 2]
+    assert batch.images.patches[:, 0].tolist() == [1, 2, 3] and batch.images.grids.tolist() == [[1, 1]] * 3
+    assert batch.images.views.tolist() == [1, 1, 1] and batch.images.embeddings.tolist() == [2, 2, 2]
+    assert batch.images.slots.tolist() == [1, 2, 3, 4, 6]
+    assert batch.images.sources.tolist() == [0, -1, 2, -1, 3], "what the first image leaves unused is counted"
 
 
 def test_a_full_row_has_no_padding_segment_and_an_empty_one_is_all_padding() -> None:
-    sample = EncodedSample(tokens=[5, 6], labels=[5, 6], images=torch.empty(0, 3, 2, 2, dtype=torch.uint8))
-    assert pack_batch([sample], 2, pad_id=0, image_size=2).cu_seqlens.tolist() == [0, 2]
-    empty = pack_batch([], 4, pad_id=9, image_size=2)
+    sample = EncodedSample(tokens=[5, 6], labels=[5, 6], images=pictures())
+    assert pack_batch([sample], 2, pad_id=0, patch=2).cu_seqlens.tolist() == [0, 2]
+    empty = pack_batch([], 4, pad_id=9, patch=2)
     assert empty.tokens.tolist() == [9] * 4 and empty.supervised == 0 and empty.samples == 0
-    assert empty.images.shape == (0, 3, 2, 2) and empty.cu_seqlens.tolist() == [0, 4]
+    assert empty.images.count == 0 and empty.images.patches.shape == (0, 12) and empty.cu_seqlens.tolist() == [0, 4]
     with pytest.raises(ValueError, match="do not fit"):
-        pack_batch([sample, sample], 3, pad_id=0, image_size=2)
+        pack_batch([sample, sample], 3, pad_id=0, patch=2)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
@@ -208,14 +245,19 @@ import numpy as np, torch
 from vlm_nemo.data.packing import pack_batch
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import EncodedSample
+from vlm_nemo.types import Images
 
 torch.set_num_threads(4)
-images = torch.zeros(2, 3, 336, 336, dtype=torch.uint8)
+none = np.zeros(0, dtype=np.int64)
+images = Images(
+    patches=np.zeros((2 * 576, 588), np.uint8), grids=np.full((2, 2), 24), views=np.ones(2, int),
+    embeddings=np.full(2, 576), slots=np.arange(1152), sources=np.arange(1152),
+)
 samples = [EncodedSample(tokens=[1] * 1000, labels=[1] * 1000, images=images) for _ in range(4)]
 
 def work():
     before = len(os.listdir("/proc/self/task"))
-    pack_batch(samples, 4096, 0, 336)
+    pack_batch(samples, 4096, 0, 14)
     torch_resize(np.zeros((480, 640, 3), np.uint8), 336, 448)
     print(len(os.listdir("/proc/self/task")) - before)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_lengths_change_nothing_but_the_speed(measured: Path, tmp_path: Path, to
     for (a,), (b,) in zip(with_lengths, without, strict=True):
         assert ids([a]) == ids([b])
         for x, y in zip(a.batches, b.batches, strict=True):
-            assert torch.equal(x.tokens, y.tokens) and torch.equal(x.images, y.images)
+            assert torch.equal(x.tokens, y.tokens) and torch.equal(x.images.patches, y.images.patches)
 
 
 def test_augmented_samples_resume_to_the_bit(measured: Path, tokenizer: Tokenizer) -> None:
@@ -210,9 +211,9 @@ def test_augmented_samples_resume_to_the_bit(measured: Path, tokenizer: Tokenize
     later = {row: b for data in second[1] for (row,), b in zip(data.rows, data.batches, strict=True)}
     changed = texts = 0
     for (row,), batch, other in zip(whole[3][0].rows, whole[3][0].batches, plain[3][0].batches, strict=True):
-        for name in ("tokens", "labels", "positions", "cu_seqlens", "images"):
-            assert torch.equal(getattr(batch, name), getattr(later[row], name))
-        changed += not torch.equal(batch.images, other.images)
+        for name in ("tokens", "labels", "positions", "cu_seqlens", "images.patches", "images.slots"):
+            assert torch.equal(attrgetter(name)(batch), attrgetter(name)(later[row]))
+        changed += not torch.equal(batch.images.patches, other.images.patches)
         texts += batch.used_tokens < other.used_tokens
         assert batch.samples == other.samples
     assert changed > 6 and texts > 6
@@ -220,12 +221,12 @@ def test_augmented_samples_resume_to_the_bit(measured: Path, tokenizer: Tokenize
 
 def test_the_second_budget_and_the_shares(measured: Path, tokenizer: Tokenizer) -> None:
     """At most so many patches a row, nearly as many on every replica, and the step's rows do not depend on it."""
-    cfg = config(measured, pack=PackConfig(capacity=192, pool=16, vision_capacity=5 * SPEC.tokens))
+    cfg = config(measured, pack=PackConfig(capacity=192, pool=16, vision_capacity=5 * 4))
     alone, shared = steps(cfg, tokenizer, 4), steps(cfg, tokenizer, 4, 3)
     for (one,), three in zip(alone, shared, strict=True):
         assert ids([one]) == ids(three)
-        images = [sum(len(batch.images) for batch in data.batches) for data in three]
-        assert all(len(batch.images) <= 5 for data in three for batch in data.batches)
+        images = [sum(batch.images.count for batch in data.batches) for data in three]
+        assert all(batch.images.count <= 5 for data in three for batch in data.batches)
         assert three[0].vision_balance == pytest.approx(max(images) * 3 / sum(images))
         assert max(images) - min(images) <= 1
         assert {data.delay for data in (one, *three)} == {one.delay} and 0 < one.delay < 200

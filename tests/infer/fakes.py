@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tests.squares import squares
 from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -22,6 +23,8 @@ PER_IMAGE = 4
 """Embeddings."""
 WIDTH, LAYERS = 16, 2
 TEXTS = ["what is this? a red circle", "two blue squares, one über café 日本", "is it <|end|> or not"] * 20
+PLAN = plan_image(SPEC, (16, 16))
+"""Of an image of any size."""
 
 
 def make_tokenizer(folder: Path, vocab: int = 300) -> Tokenizer:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from vlm_nemo.data.sample import BROKEN_IMAGE, SampleError
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.engine import Engine, Event, Prompt, RequestOutput, SamplingParams
 from vlm_nemo.infer.sampling import Sampler
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 
 def prompt(tokenizer: Tokenizer, seed: int, text: int, images: int = 0) -> Prompt:
@@ -353,6 +354,7 @@ def test_any_mix_ends_and_equals_each_alone(
 NO_TORCH = """
 import sys
 from pathlib import Path
+from typing import Any
 sys.modules.update(torch=None, megatron=None)
 from tests.infer import fakes
 from vlm_nemo.data.chat import TEMPLATES

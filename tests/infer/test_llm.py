@@ -6,23 +6,26 @@ import base64
 import io
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from tests.infer.fakes import SPEC, NumpyBackend, Weights
+from tests.infer.fakes import PLAN, SPEC, NumpyBackend, Weights
 from vlm_nemo.data.chat import TEMPLATES, Template
 from vlm_nemo.data.image import decode_image
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.sample import SampleError
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.infer.chunks import chat_prompt, text_prompt
-from vlm_nemo.infer.engine import Engine, Prompt
-from vlm_nemo.infer.images import data_uri, image_bytes, load_images, openai_messages
+from vlm_nemo.infer.engine import Engine
+from vlm_nemo.infer.images import data_uri, decode_items, image_bytes, openai_messages, plan_items
 from vlm_nemo.infer.llm import LLM
+from vlm_nemo.infer.prompts import chat_prompt, prompt_of, text_prompt
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.types import UserError
 
@@ -35,6 +38,12 @@ class StandIn:
     template: Template
     spec: ImageSpec
     engine: Engine
+
+
+def decoded(llm: LLM, *items: Any) -> NDArray[np.uint8]:
+    """[n, 4, 192]: the images' patches."""
+    text = text_prompt("<image>" * len(items), plan_items(items, SPEC), llm.model.tokenizer)
+    return decode_items(items, SPEC, text).patches.reshape(-1, 4, 192)
 
 
 @pytest.fixture(scope="module")
@@ -58,39 +67,36 @@ def uri(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def test_one_image_in_every_form(picture: Image.Image, tmp_path: Path) -> None:
+def test_one_image_in_every_form(llm: LLM, picture: Image.Image, tmp_path: Path) -> None:
     data = png(picture)
     (tmp_path / "a.png").write_bytes(data)
     items = [picture, data, tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(picture), uri(data)]
-    made = load_images(items, SPEC)()
-    assert made is not None and made.shape == (6, 3, 16, 16) and made.dtype == np.uint8
-    expected = np.asarray(decode_image(data, SPEC))
+    made = decoded(llm, *items)
+    assert made.shape == (6, 4, 192) and made.dtype == np.uint8
+    expected, _ = decode_image(data, SPEC)
     assert all((each == expected).all() for each in made)
-    assert load_images([], SPEC)() is None
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "F", "YCbCr", "RGBa"])
-def test_pil_images_of_any_mode(picture: Image.Image, mode: str) -> None:
-    (made,) = load_images([picture.convert("RGBA").convert(mode) if mode == "RGBa" else picture.convert(mode)], SPEC)()  # type: ignore[misc]
-    expected = np.asarray(
-        decode_image(png(picture.convert("L" if mode in ("L", "F", "LA") else "RGB")), SPEC), np.int64
-    )
+def test_pil_images_of_any_mode(llm: LLM, picture: Image.Image, mode: str) -> None:
+    (made,) = decoded(llm, picture.convert("RGBA").convert(mode) if mode == "RGBa" else picture.convert(mode))
+    expected, _ = decode_image(png(picture.convert("L" if mode in ("L", "F", "LA") else "RGB")), SPEC)
     if mode not in ("1", "P"):  # those lose colours
-        assert np.abs(made - expected).max() <= 3
+        assert np.abs(made - expected.astype(np.int64)).max() <= 3
 
 
-def test_what_is_transparent_is_white() -> None:
-    (made,) = load_images([Image.new("RGBA", (16, 16), (255, 0, 0, 0))], SPEC)()  # type: ignore[misc]
+def test_what_is_transparent_is_white(llm: LLM) -> None:
+    (made,) = decoded(llm, Image.new("RGBA", (16, 16), (255, 0, 0, 0)))
     assert (made == 255).all()
 
 
-def test_a_pil_image_is_turned_upright(picture: Image.Image) -> None:
+def test_a_pil_image_is_turned_upright(llm: LLM, picture: Image.Image) -> None:
     turned = picture.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(io.BytesIO(png(turned, exif=exif))) as opened:
-        (made,) = load_images([opened], SPEC)()  # type: ignore[misc]
-    assert (made == np.asarray(decode_image(png(picture), SPEC))).all()
+        (made,) = decoded(llm, opened)
+    assert (made == decode_image(png(picture), SPEC)[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_a_pil_image_is_turned_upright(picture: Image.Image) -> None:
 )
 def test_what_is_no_image_is_refused_at_once(item: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        load_images([item], SPEC)  # type: ignore[list-item]
+        plan_items([item], SPEC)  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -134,15 +140,14 @@ def test_generate(llm: LLM, picture: Image.Image) -> None:
     assert [output.prompt for output in outputs] == ["what is this?", "a <image>?", "<image><image>", "a"]
     model, counts = llm.model, [0, 1, 2, 0]
     for output, count in zip(outputs, counts, strict=True):
-        assert output.prompt_token_ids == text_prompt(output.prompt or "", count, model.tokenizer, SPEC)
+        assert output.prompt_token_ids == text_prompt(output.prompt or "", [PLAN] * count, model.tokenizer).tokens
         assert len(output.outputs) == 2
         for answer in output.outputs:
             assert answer.text == model.tokenizer.decode(answer.token_ids) and answer.logprobs is not None
             assert len(answer.logprobs) == len(answer.token_ids)
     assert llm.generate(prompts[1], params) == [outputs[1]], "one prompt without a list"
     assert len(llm.generate("a")[0].outputs[0].token_ids) <= 16
-    images = load_images([picture], SPEC)
-    direct = Prompt(tokens=outputs[1].prompt_token_ids, images=images, image_count=1)
+    direct = prompt_of(text_prompt("a <image>?", [PLAN], model.tokenizer), partial(decode_items, [picture], SPEC))
     assert model.engine.generate([direct], params)[0].outputs == outputs[1].outputs
 
 
@@ -157,7 +162,7 @@ def test_the_image_matters_and_a_broken_one_ends_its_own(llm: LLM, picture: Imag
     assert one.outputs[0].logprobs != other.outputs[0].logprobs
     assert bad.outputs[0].finish_reason == "error" and str(bad.outputs[0].error).startswith("broken image")
     with pytest.raises(SampleError):
-        load_images([b"no image"], SPEC)()
+        decoded(llm, b"no image")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,7 @@ def test_chat(llm: LLM, picture: Image.Image) -> None:
     ]
     outputs = llm.chat([[{"role": "user", "content": form}] for form in forms], params)
     expected = [{"role": "user", "content": "<image>\nwhat is this?"}]
-    tokens = chat_prompt(expected, 1, llm.model.tokenizer, TEMPLATES["short"], SPEC)  # type: ignore[arg-type]
+    tokens = chat_prompt(expected, [PLAN], llm.model.tokenizer, TEMPLATES["short"]).tokens  # type: ignore[arg-type]
     assert outputs[0].prompt_token_ids == tokens and outputs[0] == outputs[1] == outputs[2]
     assert llm.chat([{"role": "user", "content": forms[0]}], params) == outputs[:1], "one conversation"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]

@@ -21,6 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.export.twin import prompts
+from tests.squares import squares
 from vlm_nemo.infer import tensorrt_backend
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.bundle import open_bundle, sha256
@@ -122,7 +123,10 @@ def test_it_hands_the_engines_what_onnx_runtime_gets(exported: Path, compiled: t
     out, log = compiled
     ours, witness = TensorRTBackend(open_bundle(out), "host_trt"), OnnxBackend(open_bundle(exported))
     asked = [(slot, *prompt) for slot, prompt in zip((3, 0, 2), prompts(), strict=True)]
-    rows = [Row(slot=slot, start=0, tokens=tokens.tolist(), images=squares(images, tokens)) for slot, tokens, images in asked]
+    rows = [
+        Row(slot=slot, start=0, tokens=tokens.tolist(), images=squares(images, tokens))
+        for slot, tokens, images in asked
+    ]
     for step in range(4):
         got, expected = ours.run(rows), witness.run(rows)
         assert np.abs(got - expected).max() < 1e-5

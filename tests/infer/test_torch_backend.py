@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.squares import squares
+from vlm_nemo.data.packing import as_tensors
 from vlm_nemo.infer.backend import Row
 from vlm_nemo.infer.torch_backend import TorchBackend
-from vlm_nemo.model.batch import model_batch, tensors
+from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
@@ -52,7 +53,7 @@ def prompt(seed: int, length: int, images: int) -> tuple[list[int], Images[Any]]
 def without_cache(chunk: VLM, tokens: list[int], images: Images[Any]) -> NDArray[np.float32]:
     """The logits after the last token, by one training-like forward."""
     sample = (torch.tensor(tokens), torch.full((len(tokens),), -100), torch.zeros(0, 3, 16, 16).byte())
-    row = replace(tiny.row([sample], len(tokens)), images=tensors(images))
+    row = replace(tiny.row([sample], len(tokens)), images=as_tensors(images))
     batch = model_batch(row, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device())
     return chunk(batch, gather_logits=True)[0, -1].numpy()
 

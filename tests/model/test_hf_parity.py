@@ -12,7 +12,7 @@ from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.weights import llava
+from vlm_nemo.weights.tables import naming_of
 
 
 def llava_twin(cfg: ModelConfig) -> torch.nn.Module:
@@ -52,14 +52,15 @@ def llava_twin(cfg: ModelConfig) -> torch.nn.Module:
 
 def copy_weights(hf: torch.nn.Module, ours: torch.nn.Module, cfg: ModelConfig) -> None:
     """Through the table that `convert` uses: this test is what holds it to transformers' forward."""
-    theirs = {llava.hub_name(name, "llava"): tensor for name, tensor in hf.state_dict().items()}
-    table = {entry.ours: entry for entry in llava.entries(cfg)}
+    naming = naming_of(cfg)
+    theirs = {naming.understood(name): tensor for name, tensor in hf.state_dict().items()}
+    table = {entry.ours: entry for entry in naming.entries(cfg)}
     parameters = dict(ours.named_parameters())
     assert set(parameters) == set(table), set(parameters) ^ set(table)
     with torch.no_grad():
         for name, parameter in parameters.items():
             entry = table[name]
-            parameter.copy_(entry.transform.join([theirs[hub] for hub in entry.hub], entry.sizes))
+            parameter.copy_(entry.transform.join([theirs[entry.part, name] for name in entry.theirs], entry.sizes))
 
 
 @pytest.mark.parametrize("keep_class_token", [False, True])

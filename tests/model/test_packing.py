@@ -10,6 +10,7 @@ import torch
 
 from tests import tiny
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.views import vision_batch
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.types import PackedBatch
 
@@ -74,18 +75,32 @@ def test_vision_is_not_causal(model: VLM) -> None:
     image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     edited = image.clone()
     edited[:, :, 8:, 8:] = 255 - edited[:, :, 8:, 8:]  # the last of the four patches
-    moved = (model.vision(edited) - model.vision(image)).abs().amax(-1)[0]
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        found = tiny.images(torch.empty(0), pixels)
+        return model.vision(vision_batch(found.patches, found.grids, tiny.tiny_model().vision))
+
+    moved = (features(edited) - features(image)).abs().amax(-1)
     assert moved.min() > 1e-4, "the first patch must see the last"
 
 
 def test_counts_must_agree(to_batch: ToBatch) -> None:
     packed = tiny.row(SAMPLES, 64)
-    with pytest.raises(ValueError, match=r"16 image placeholders but 3 images of 4 embeddings \(12\)"):
-        to_batch(replace(packed, images=packed.images[:3]))
-    with pytest.raises(ValueError, match=r"15 image placeholders but 4 images of 4 embeddings \(16\)"):
-        tokens = packed.tokens.clone()
-        tokens[1] = 7
+    three = tiny.images(packed.tokens[: packed.images.slots[12]], torch.cat([s[2] for s in SAMPLES])[:3])
+    with pytest.raises(ValueError, match="16 image placeholders but 3 images of 12 embeddings, which go to 12 of them"):
+        to_batch(replace(packed, images=three))
+    tokens = packed.tokens.clone()
+    tokens[1] = 7
+    with pytest.raises(ValueError, match="15 image placeholders but 4 images of 16 embeddings, which go to 15 of them"):
         to_batch(replace(packed, tokens=tokens))
+    one_without = replace(packed.images, slots=packed.images.slots[4:], sources=packed.images.sources[4:])
+    with pytest.raises(ValueError, match="16 image placeholders but 4 images of 16 embeddings, which go to 12 of them"):
+        to_batch(replace(packed, images=one_without))
+    with pytest.raises(ValueError, match="laid out for 18 embeddings, but the model gives 16"):
+        more = packed.images.embeddings + torch.tensor([2, 0, 0, 0])
+        to_batch(replace(packed, images=replace(packed.images, embeddings=more)))
+    with pytest.raises(ValueError, match="image placeholders and no images"):
+        to_batch(replace(packed, images=tiny.images(torch.empty(0), torch.empty(0, 3, 16, 16, dtype=torch.uint8))))
 
 
 def test_a_text_only_row_gives_vision_zero_gradients(model: VLM, to_batch: ToBatch) -> None:

@@ -39,13 +39,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_feed(prepared: Path, ranks: Any, micro: int = 1) -> Any:
+    from vlm_nemo.data.config import LayoutConfig
     from vlm_nemo.data.feed import Feed
-    from vlm_nemo.data.layout import image_spec
+    from vlm_nemo.data.layout.spec import image_spec
     from vlm_nemo.data.loader import Loader
     from vlm_nemo.data.tokenizer import Tokenizer
 
     cfg = data_config(prepared, global_packs=8, micro_packs=micro, pack=PackConfig(capacity=128, pool=16))
-    spec = image_spec(16, 8, False, "squash", (0.5, 0.5, 0.5))
+    spec = image_spec(LayoutConfig(aspect="squash"), size=16, patch=8)
     where = dict(dp_rank=ranks.data_rank, dp_size=ranks.data)
     return Feed(lambda: Loader(cfg, spec, Tokenizer(prepared / "tokenizer"), seed=5, max_tokens=128, **where), ranks)
 
@@ -82,10 +83,7 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
         for number in range(1, STEPS + 1):
             data = feed.next()
             assert feed.wait_s > 0 and len(data.batches) == 8 // ranks.data // micro
-            batches = [
-                model_batch(b, cfg, image_token=image, device=device.device())
-                for b in data.batches
-            ]
+            batches = [model_batch(b, cfg, image_token=image, device=device.device()) for b in data.batches]
             optim.set_rates(optimizer, rates, number, STEPS)
             result = step.train_step(model, optimizer, batches, rates.clip_grad)
             speaks = ranks.last_stage and ranks.tensor_rank == 0
@@ -93,7 +91,7 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
             found["history"].append((total / count, result.grad_norm))
             found["books"].append((data.seen, data.used, data.planned_drops, data.state, data.delay))
             has_tokens = all((b.tokens != NO_TOKEN).all() for b in data.batches)
-            has_images = sum(b.images.count for b in data.batches) > 0
+            has_images = sum(b.images.patches.numel() for b in data.batches) > 0
             has_labels = all((b.labels != IGNORE_INDEX).any() for b in data.batches)
             reader = feed.loader is not None
             assert reader == (ranks.first_stage and ranks.tensor_rank == 0)

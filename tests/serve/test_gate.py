@@ -169,7 +169,7 @@ def test_health_version_and_metadata(parrot_server: Running) -> None:
     assert set(get("/v1/version")) == {"release", "api"}
     metadata = http.get(f"{parrot_server.url}/v1/metadata")
     assert metadata.json()["model"] == {"backend": "parrot", "precision": "fp32", "context_length": 400}
-    assert metadata.json()["image"] == {"size": 16, "tokens": 4, "aspect": "squash"}
+    assert metadata.json()["image"] == {"size": 16, "layout": "square", "aspect": "squash", "tokens": 4}
     assert "secret" not in metadata.text  # where the model lies on this machine
 
 

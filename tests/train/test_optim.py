@@ -49,10 +49,7 @@ def test_frozen_parts_hold_nothing_and_do_not_move(distributed: bool, precision:
     optimizer = optim.build_optimizer(cfg, parallel, precision, model)
     step.prepare_model(model)
     optim.set_rates(optimizer, cfg, 1, 10)
-    batches = [
-        model_batch(r, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device())
-        for r in tiny.rows(2)
-    ]
+    batches = [model_batch(r, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device()) for r in tiny.rows(2)]
     result = step.train_step(model, optimizer, batches, clip=1.0)
     assert result.applied and result.loss_tokens == sum(r.supervised for r in tiny.rows(2))
 
@@ -89,10 +86,7 @@ def test_gradient_does_not_depend_on_micro_batches() -> None:
         for count in split:
             rows.append(tiny.row(samples[at : at + count], 64))
             at += count
-        batches = [
-            model_batch(r, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device())
-            for r in rows
-        ]
+        batches = [model_batch(r, tiny.tiny_model(), image_token=tiny.IMAGE, device=device.device()) for r in rows]
         for chunk in model:
             chunk.zero_grad_buffer()
         step.run_schedule(model, batches)

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from vlm_nemo.data.config import AugmentConfig
-from vlm_nemo.data.image import Pixels, Resize, pil_resize
+from vlm_nemo.data.image import Resize, pil_resize
+from vlm_nemo.data.layout.cut import Pixels
 from vlm_nemo.data.sample import Message
 from vlm_nemo.types import IMAGE_MARKER, UserError
 

@@ -108,9 +108,12 @@ class DataConfig:
 class LayoutConfig:
     """How an image becomes views (squares, or itself) and text around its embeddings (`vlm_nemo.data.layout`)."""
 
-    kind: str = field(default="square", metadata={"choices": ("square", "anyres", "tiles", "ovis", "rows", "native")})
+    kind: str = field(
+        default="square", metadata={"choices": ("square", "anyres", "tiles", "canvas", "ovis", "rows", "native")}
+    )
     """square: one view; anyres: LLaVA-NeXT's tiles of the best resolution, unpadded, and the whole; tiles: InternVL's
-    tiles and thumbnail; ovis: Ovis' grid; rows: Idefics3's rows of tiles; native: one view of the image's own shape."""
+    tiles and thumbnail; canvas: Llama 3.2's fitted tiles; ovis: Ovis' grid; rows: Idefics3's rows of tiles; native: one
+    view of the image's own shape (Qwen2-VL)."""
     aspect: str = field(default="pad", metadata={"choices": ("pad", "crop", "squash")})
     """How an image becomes square: pad (LLaVA-1.5's training), crop (CLIP's centre crop), squash."""
     resample: str = field(default="bicubic", metadata={"choices": ("bicubic", "bilinear", "lanczos")})
@@ -121,9 +124,9 @@ class LayoutConfig:
     """Of anyres: tokens of the tiles beyond which they are scaled down (LLaVA-OneVision's anyres_max_9), in tiles a
     side squared; null = never."""
     min_tiles: int = 1
-    """Of tiles and ovis: fewest."""
+    """Of tiles: fewest."""
     max_tiles: int = 12
-    """Of tiles and ovis: most, the thumbnail not counted."""
+    """Of tiles, canvas and ovis: most, the thumbnail not counted."""
     thumbnail: bool = True
     """Of tiles: the whole image as one more view where there are several."""
     longest_edge: int | None = None
@@ -161,10 +164,20 @@ class PrepareConfig:
     """The template to measure for, `data.template` of the training."""
     capacity: int = 4096
     """Length of a packed row to give advice on, tokens: `data.pack.capacity` of the training."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """`model.layout` of the training: its before and after are part of the texts; the rest is for advice and audit."""
     image_size: int = 336
     """Side of the model's input, pixels: for tokens a sample, in advice and audit."""
     patch_size: int = 14
     """Side of the model's patches, pixels."""
+    reduce: str = field(
+        default="none", metadata={"choices": ("none", "pixel_shuffle", "merge", "hidden_stride", "average_pool")}
+    )
+    """How neighbouring patches become one token: `model.reduce.kind`."""
+    factor: int = 2
+    """So many of them along each side, unless reduce=none: `model.reduce.factor`."""
+    queries: int | None = None
+    """Tokens a view whatever its size (Q-Former, Perceiver): `model.projector.num_queries`; null = from the sizes."""
     audit: bool = False
     """Print what is in the data, and write it to out/audit with plots. Reads every byte of every shard and fails where
     one is damaged; without it, a shard is reused if its length and its index are what they were."""

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from vlm_nemo.data.augment import augment_image, augment_messages, changes_images, sample_rng
-from vlm_nemo.data.chat import Template, encode_conversation
+from vlm_nemo.data.chat import EncodedText, Template, encode_conversation
 from vlm_nemo.data.config import AugmentConfig
 from vlm_nemo.data.image import decode_images
-from vlm_nemo.data.layout import ImageSpec, count_tokens
+from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.pieces import image_tokens
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError, printable
 from vlm_nemo.data.storage.folders import Folder
 from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.types import Images
 
 
 class PlannedSample(NamedTuple):
@@ -34,8 +36,8 @@ class PlannedSample(NamedTuple):
     """Tokens, placeholders included."""
     cost: int
     """Patches that the vision tower computes."""
-    encoded: tuple[list[int], list[int]] | None
-    """Tokens and labels, where the plan had to make them to know the length."""
+    encoded: EncodedText | None
+    """Where the plan had to make it to know the length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,13 @@ class Encoder:
     seed: int
     """Of the augmentation."""
 
-    def tokens(self, source: str, number: int) -> tuple[list[int], list[int]]:
+    def text(self, source: str, number: int) -> EncodedText:
         """Tokens and labels of a record. Raises SampleError."""
-        return self._tokens(self.folders[source].record(number))
+        return self._text(self.folders[source].record(number))
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens that stand for an image of (width, height) pixels, beside those of its record's text."""
+        return image_tokens(plan_image(self.spec, size), self.tokenizer)
 
     def sample(self, planned: PlannedSample) -> EncodedSample:
         """Read and decode. Raises SampleError: what cannot be used, and a record that is not as long as planned (its
@@ -60,22 +66,23 @@ class Encoder:
         folder = self.folders[planned.source]
         rng = self._rng(planned)
         if planned.encoded is not None and not self.augment.text_dropout:
-            tokens, labels = planned.encoded
+            text = planned.encoded
         else:
             record = folder.record(planned.record)
-            tokens, labels = self._tokens(record)
-            if len(tokens) != planned.length:
+            text = self._text(record)
+            if len(text.tokens) != planned.length:
                 raise SampleError(
                     WRONG_LENGTH,
-                    f"{len(tokens)} tokens, planned with {planned.length}: the lengths beside the shard are those of "
-                    "other data; run `vlm-nemo prepare` again",
+                    f"{len(text.tokens)} tokens, planned with {planned.length}: the lengths beside the shard are those "
+                    "of other data; run `vlm-nemo prepare` again",
                 )
             if rng is not None and self.augment.text_dropout:
-                changed = self._tokens(replace(record, messages=augment_messages(record.messages, self.augment, rng)))
+                changed = self._text(replace(record, messages=augment_messages(record.messages, self.augment, rng)))
                 # Less text may, with some tokenizers, take more tokens: then the text stays
-                if len(changed[0]) <= planned.length:
-                    tokens, labels = changed
-        return EncodedSample(tokens=tokens, labels=labels, images=self._images(folder, planned, rng))
+                if len(changed.tokens) <= planned.length:
+                    text = changed
+        images = self._images(folder, planned, text, rng)
+        return EncodedSample(tokens=text.tokens, labels=text.labels, images=images, positions=text.positions)
 
     def name(self, source: str, record: int) -> str:
         """A record's name for logs: shard and member, and its name in the raw data if it can be read."""
@@ -86,9 +93,9 @@ class Encoder:
             origin = ""
         return printable(f"{folder.key(record)} ({origin})" if origin else folder.key(record))
 
-    def _tokens(self, record: Record) -> tuple[list[int], list[int]]:
-        image_tokens = [count_tokens(self.spec, size) for size in record.sizes]
-        return encode_conversation(record.messages, self.tokenizer, self.template, image_tokens)
+    def _text(self, record: Record) -> EncodedText:
+        plans = [plan_image(self.spec, size) for size in record.sizes]
+        return encode_conversation(record.messages, self.tokenizer, self.template, plans)
 
     def _rng(self, planned: PlannedSample) -> np.random.Generator | None:
         """The sample's own generator; None where nothing is drawn from it."""
@@ -96,8 +103,8 @@ class Encoder:
             return None
         return sample_rng(self.seed, planned.source, planned.epoch, planned.record)
 
-    def _images(self, folder: Folder, planned: PlannedSample, rng: np.random.Generator | None) -> Tensor:
-        """[n, 3, S, S] uint8"""
+    def _images(
+        self, folder: Folder, planned: PlannedSample, text: EncodedText, rng: np.random.Generator | None
+    ) -> Images[NDArray[Any]]:
         augment = None if rng is None else partial(augment_image, cfg=self.augment, rng=rng, resize=torch_resize)
-        images = folder.images(planned.record)
-        return torch.from_numpy(decode_images(images, self.spec, torch_resize, augment))
+        return decode_images(folder.images(planned.record), text, self.spec, torch_resize, augment)

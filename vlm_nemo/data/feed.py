@@ -1,14 +1,14 @@
 """One reader a replica: the first rank reads and decodes, the others get what they need of it, and no more.
 
     stage      tensor rank 0                     its tensor-parallel peers
-    first      has the Loader; sends             account, positions, tokens, images
+    first      has the Loader; sends             account, positions, tokens, pixels
     middle     account, positions                account, positions
     last       account, positions, labels        account, positions, labels
     only one   has the Loader; sends             all of it
 
-The account is what every rank books (the step's counts and drops, the loader's state); positions stands for positions
-and segment bounds, which attention needs everywhere. On the wire: JSON, then safetensors. An error of the reader goes
-the same way, so that all ranks of the replica raise it and none waits for ever.
+The account is what every rank books (the step's counts and drops, the loader's state); positions stands for positions,
+segment bounds and the images' places, which attention may need everywhere. On the wire: JSON, then safetensors. An
+error of the reader goes the same way, so that all ranks of the replica raise it and none waits for ever.
 
 All of it runs in the caller's thread, between two steps, so it shares the groups' order with the model's collectives.
 """
@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.sample import Drop
 from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.types import IGNORE_INDEX, PackedBatch, UserError
+from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch, UserError
 
 NO_TOKEN = -1
 """Stands for every token where none are needed: it is no placeholder and no word."""
-_EVERYWHERE = ("positions", "cu_seqlens")
-_FIRST = ("tokens", "images")
+_PIXELS = "images.patches"
+_EVERYWHERE = ("positions", "cu_seqlens", *(f"images.{f.name}" for f in fields(Images) if f.name != "patches"))
+_FIRST = ("tokens", _PIXELS)
 _LAST = ("labels",)
 
 
@@ -143,7 +145,7 @@ def _account(data: StepData) -> dict[str, Any]:
 
 
 def _parts(data: StepData, names: tuple[str, ...]) -> dict[str, Tensor]:
-    return {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(data.batches) for name in names}
+    return {f"{i}.{name}": attrgetter(name)(batch) for i, batch in enumerate(data.batches) for name in names}
 
 
 def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
@@ -157,7 +159,10 @@ def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
                 labels=parts.get(f"{i}.labels", torch.full((length,), IGNORE_INDEX)),
                 positions=parts[f"{i}.positions"],
                 cu_seqlens=parts[f"{i}.cu_seqlens"],
-                images=parts.get(f"{i}.images", torch.empty(0, 3, 0, 0, dtype=torch.uint8)),
+                images=Images(
+                    patches=parts.get(f"{i}.{_PIXELS}", torch.empty(0, 0, dtype=torch.uint8)),
+                    **{name.removeprefix("images."): parts[f"{i}.{name}"] for name in _EVERYWHERE if "." in name},
+                ),
                 **batch,
             )
         )

@@ -1,7 +1,7 @@
-"""Encoded image to a square of uint8, [3, S, S]; the device turns it into floats.
+"""Encoded images to patches of uint8, as their layout says; the device turns them into floats.
 
-JPEGs go through simplejpeg, which refuses damaged files, everything else (CMYK too) through PIL. Resizing is bicubic:
-PIL's own by default, as Hugging Face's processors do it; training passes a faster one (resize.py). All of it releases
+JPEGs go through simplejpeg, which refuses damaged files, everything else (CMYK too) through PIL. Resizing is PIL's
+own by default, as Hugging Face's processors do it; training passes a faster one (resize.py). All of it releases
 the GIL: threads decode in parallel. No torch here: a server of exported models has none.
 """
 
@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlm_nemo.data.chat import EncodedText
 from vlm_nemo.data.header import PIL_ERRORS, open_image, read_header
-from vlm_nemo.data.layout import ImageSpec
-from vlm_nemo.data.sample import BROKEN_IMAGE, SampleError
+from vlm_nemo.data.layout.cut import Pixels, cut
+from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.plan import ImagePlan
+from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.sample import BROKEN_IMAGE, WRONG_LENGTH, SampleError
+from vlm_nemo.types import Images
 
-Pixels = NDArray[np.uint8]
-Resize = Callable[[Pixels, int, int], Pixels]
-"""(pixels [H, W, 3], height, width) -> [height, width, 3]"""
+
+class Resize(Protocol):
+    """(pixels [H, W, 3], height, width) -> [height, width, 3]"""
+
+    def __call__(self, pixels: Pixels, height: int, width: int, resample: str = ...) -> Pixels: ...
+
+
 Augment = Callable[[Pixels], Pixels]
 """pixels [H, W, 3] -> [H, W, 3]"""
 
@@ -42,67 +53,76 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
-def pil_resize(pixels: Pixels, height: int, width: int) -> Pixels:
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def pil_resize(pixels: Pixels, height: int, width: int, resample: str = "bicubic") -> Pixels:
     """[H, W, 3] -> [height, width, 3]."""
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(pixels).resize((width, height), _FILTERS[resample]))
 
 
-def decode_image(data: bytes, spec: ImageSpec, resize: Resize = pil_resize, augment: Augment | None = None) -> Pixels:
-    """[3, S, S] uint8, contiguous; augment: applied to the whole image, before it is made square.
+def plan_images(images: Sequence[bytes], spec: ImageSpec) -> list[ImagePlan]:
+    """The plans of encoded images, from their headers alone. Raises SampleError ("broken image", "image size")."""
+    headers = [read_header(data) for data in images]
+    return [plan_image(spec, (header.width, header.height)) for header in headers]
 
-    Raises SampleError ("broken image", "image size").
-    """
-    pixels = _decode(data, _THREAD.scratch)
-    return square_image(pixels if augment is None else augment(pixels), spec, resize)
+
+def decode_image(
+    data: bytes, spec: ImageSpec, resize: Resize = pil_resize, augment: Augment | None = None
+) -> tuple[Pixels, ImagePlan]:
+    """[P, p*p*3] uint8 and the plan of an image that stands alone; see decode_images."""
+    (plan,) = plan_images([data], spec)
+    return _patches([data], [plan], spec, resize, augment), plan
 
 
 def decode_images(
-    images: Sequence[bytes], spec: ImageSpec, resize: Resize = pil_resize, augment: Augment | None = None
+    images: Sequence[bytes],
+    text: EncodedText,
+    spec: ImageSpec,
+    resize: Resize = pil_resize,
+    augment: Augment | None = None,
+) -> Images[NDArray[Any]]:
+    """The images of one prompt or sample, in order, with the places that `text` keeps for them; there may be none.
+
+    augment: applied to the whole image, before it is cut; it keeps the image's size. Raises SampleError ("broken
+    image", "image size", "wrong length" for an image of another shape than the text was made for).
+    """
+    return Images(
+        patches=_patches(images, text.plans, spec, resize, augment),
+        grids=np.array([grid for plan in text.plans for grid in plan.grids], dtype=np.int64).reshape(-1, 2),
+        views=np.array([len(plan.grids) for plan in text.plans], dtype=np.int64),
+        embeddings=np.array([plan.embeddings for plan in text.plans], dtype=np.int64),
+        slots=text.slots,
+        sources=text.sources,
+    )
+
+
+def _patches(
+    images: Sequence[bytes], plans: Sequence[ImagePlan], spec: ImageSpec, resize: Resize, augment: Augment | None
 ) -> Pixels:
-    """[n, 3, S, S] uint8: the images of one prompt or sample, in order; n may be 0."""
-    if len(images) == 1:
-        return decode_image(images[0], spec, resize, augment)[None]
-    if not images:
-        return np.empty((0, 3, spec.size, spec.size), dtype=np.uint8)
-    return np.stack([decode_image(data, spec, resize, augment) for data in images])
+    ends = np.cumsum([0, *(plan.cost for plan in plans)]).tolist()
+    out = np.empty((ends[-1], spec.patch * spec.patch * 3), dtype=np.uint8)
+    for data, planned, start, end in zip(images, plans, ends[:-1], ends[1:], strict=True):
+        pixels = _decode(data, _THREAD.scratch)
+        plan = plan_image(spec, (pixels.shape[1], pixels.shape[0]))
+        if not plan.stands_like(planned):
+            raise SampleError(
+                WRONG_LENGTH,
+                f"an image of {pixels.shape[1]} x {pixels.shape[0]} pixels, which the index beside the shard has "
+                "otherwise; run `vlm-nemo prepare` again",
+            )
+        to = partial(resize, resample=spec.layout.resample)
+        cut(pixels if augment is None else augment(pixels), plan, spec.patch, to, out[start:end])
+    return out
 
 
 def decode_pixels(data: bytes) -> Pixels:
     """[H, W, 3] uint8: upright, first frame, alpha over white. Raises SampleError ("broken image", "image size")."""
     return _decode(data, None)
-
-
-def square_image(pixels: Pixels, spec: ImageSpec, resize: Resize = pil_resize) -> Pixels:
-    """[H, W, 3] -> [3, S, S] uint8, contiguous.
-
-    pad: what padding to a square of the mean colour and then resizing gives (LLaVA-1.5), without making that square:
-        the long side is resized first, then the short side is padded and resized.
-    crop: the short side becomes S, the middle is kept (CLIP).
-    squash: both sides become S.
-    """
-
-    def to(height: int, width: int, image: Pixels) -> Pixels:
-        return image if image.shape[:2] == (height, width) else resize(image, height, width)
-
-    size = spec.size
-    height, width = pixels.shape[:2]
-    if height == width or spec.aspect == "squash":
-        pixels = to(size, size, pixels)
-    elif spec.aspect == "crop":
-        wide = height < width
-        pixels = to(*((size, int(size * width / height)) if wide else (int(size * height / width), size)), pixels)
-        top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-        pixels = pixels[top : top + size, left : left + size]
-    else:
-        colour = np.array([int(channel * 255) for channel in spec.mean], dtype=np.uint8)
-        if width > height:
-            canvas = np.broadcast_to(colour, (width, size, 3)).copy()
-            canvas[(width - height) // 2 :][:height] = to(height, size, pixels)
-        else:
-            canvas = np.broadcast_to(colour, (size, height, 3)).copy()
-            canvas[:, (height - width) // 2 :][:, :width] = to(size, width, pixels)
-        pixels = to(size, size, canvas)
-    return np.array(pixels.transpose(2, 0, 1), order="C")  # always a copy: the pixels may lie in a thread's scratch
 
 
 def _decode(data: bytes, scratch: Pixels | None) -> Pixels:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_nemo.data.augment import check_augment
-from vlm_nemo.data.chat import TEMPLATES
+from vlm_nemo.data.chat import TEMPLATES, check_names
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.encode import Encoder, PlannedSample
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.ledger import check_budget, recent_samples
 from vlm_nemo.data.mixture import build_mixture, drawn
 from vlm_nemo.data.packing import pack_batch, share_out
@@ -96,6 +96,7 @@ class Loader:
         of another data set.
         """
         _check(cfg, dp_size)
+        check_names(TEMPLATES[cfg.template], spec.layout, tokenizer)
         self._stop = threading.Event()
         cache = Cache(cfg.store, self._stop)
         folders = {
@@ -216,7 +217,7 @@ class Loader:
                     kept.append(encoded)
                     names.append(sample.position)
             capacity = self._cfg.pack.capacity * self._cfg.micro_packs
-            batches.append(pack_batch(kept, capacity, self._encoder.tokenizer.pad_id, self._encoder.spec.size))
+            batches.append(pack_batch(kept, capacity, self._encoder.tokenizer.pad_id, self._encoder.spec.patch))
             keys.append(names)
         used = plan.used
         loads = [sum(costs[i] for i in share) for share in shares]

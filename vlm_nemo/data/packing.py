@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from vlm_nemo.data.positions import cumulative, rope_positions
+from vlm_nemo.data.layout.plan import offset
+from vlm_nemo.data.positions import cumulative, packed_positions
 from vlm_nemo.data.sample import EncodedSample
-from vlm_nemo.types import IGNORE_INDEX, PackedBatch
+from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
+_NONE = np.zeros(0, dtype=np.int64)
 LEVELS = 32
 """Of vision cost at most; budgets that are more multiples of the costs' common divisor are rounded to so many."""
 
@@ -160,14 +166,14 @@ def share_out(costs: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def pack_batch(samples: Sequence[EncodedSample], capacity: int, pad_id: int, image_size: int) -> PackedBatch:
+def pack_batch(samples: Sequence[EncodedSample], capacity: int, pad_id: int, patch: int) -> PackedBatch:
     """Lay samples side by side, padding last; see PackedBatch for the picture.
 
     Several rows are one batch too: hand in the samples of all of them and their capacity together. Samples never see
     each other, so it does not matter where one row ends.
 
-    Labels are shifted here, inside each sample: a sample's last token predicts nothing. image_size: side of the
-    images, pixels, needed when there are none.
+    Labels are shifted here, inside each sample: a sample's last token predicts nothing. patch: side of a patch,
+    pixels, needed when there are no images.
     """
     lengths = [len(sample.tokens) for sample in samples]
     used = sum(lengths)
@@ -183,16 +189,36 @@ def pack_batch(samples: Sequence[EncodedSample], capacity: int, pad_id: int, ima
     tokens += [pad_id] * padding
     labels += [IGNORE_INDEX] * padding
     segments = lengths + [padding] if padding else lengths
-    # Not torch.cat: see positions.py
-    images = [sample.images.numpy() for sample in samples if len(sample.images)]
+    images = join_images([sample.images for sample in samples], lengths, patch)
     return PackedBatch(
         tokens=torch.tensor(tokens),
         labels=torch.tensor(labels),
-        positions=rope_positions(segments),
-        cu_seqlens=cumulative(segments),
-        images=torch.from_numpy(np.concatenate(images))
-        if images
-        else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+        positions=torch.from_numpy(packed_positions(segments, [sample.positions for sample in samples])),
+        cu_seqlens=torch.from_numpy(cumulative(segments)),
+        images=as_tensors(images),
         samples=len(samples),
         used_tokens=used,
     )
+
+
+def join_images(images: Sequence[Images[NDArray[Any]]], lengths: Sequence[int], patch: int) -> Images[NDArray[Any]]:
+    """Images of texts of so many tokens that are laid side by side: places and embeddings are counted on.
+
+    sources [[0, -1], [0, 1]], embeddings [1, 2], slots [[2, 3], [0, 1]], lengths [5, 4]
+        -> sources [0 -1 1 2], slots [2 3 5 6]
+    """
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    return Images(
+        # Not torch.cat: see positions.py
+        patches=np.concatenate([np.empty((0, patch * patch * 3), dtype=np.uint8), *(i.patches for i in images)]),
+        grids=np.concatenate([np.empty((0, 2), dtype=np.int64), *(i.grids for i in images)]),
+        views=np.concatenate([_NONE, *(i.views for i in images)]),
+        embeddings=np.concatenate([_NONE, *(i.embeddings for i in images)]),
+        slots=np.concatenate([_NONE, *(i.slots + start for i, start in zip(images, starts, strict=False))]),
+        sources=offset([i.sources for i in images], [int(i.embeddings.sum()) for i in images]),
+    )
+
+
+def as_tensors(images: Images[NDArray[Any]]) -> Images[Tensor]:
+    """The same memory."""
+    return Images(**{field.name: torch.from_numpy(getattr(images, field.name)) for field in fields(Images)})

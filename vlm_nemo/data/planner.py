@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.encode import Encoder, PlannedSample
-from vlm_nemo.data.layout import count_tokens, vision_cost
+from vlm_nemo.data.layout.images import vision_cost
 from vlm_nemo.data.lengths import fingerprint, reason_of
 from vlm_nemo.data.mixture import Mixture, Place
 from vlm_nemo.data.packing import Packer
@@ -88,7 +88,7 @@ class Planner:
         self._vision_limit = vision_capacity
         self._names = names
         self._packer = Packer(capacity, pool, vision_capacity)
-        name = fingerprint(encoder.tokenizer, encoder.template)
+        name = fingerprint(encoder.tokenizer, encoder.template, encoder.spec.layout)
         self._text_tokens = {source: folder.text_tokens(name) for source, folder in encoder.folders.items()}
         self.unmeasured = [source for source, lengths in self._text_tokens.items() if lengths is None]
         self._waiting: dict[int, PlannedSample] = {}
@@ -105,10 +105,10 @@ class Planner:
         measured = {source: tokens for source, tokens in self._text_tokens.items() if tokens is not None}
         if self.unmeasured:
             return []
-        spec, folders, found = self._encoder.spec, self._encoder.folders, []
+        encoder, found = self._encoder, []
         for source, _, record in self._mixture.places(0, count):
             text = int(measured[source][record])
-            images = sum(count_tokens(spec, size) for size in folders[source].sizes(record))
+            images = sum(encoder.image_tokens(size) for size in encoder.folders[source].sizes(record))
             found.append(text + images if text >= 0 and text + images <= self._max_tokens else 0)
         return found
 
@@ -171,11 +171,10 @@ class Planner:
             length, encoded = int(lengths[record]), None
             if length < 0:
                 raise SampleError(reason_of(length), "found when its length was measured")
-            for size in sizes:
-                length += count_tokens(spec, size)
+            length += sum(self._encoder.image_tokens(size) for size in sizes)
         else:
-            encoded = self._encoder.tokens(source, record)
-            length = len(encoded[0])
+            encoded = self._encoder.text(source, record)
+            length = len(encoded.tokens)
         if length > self._limit:
             raise SampleError(
                 TOO_LONG,

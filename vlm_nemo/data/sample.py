@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Why a sample is left out. Short and stable: they are the keys of ledger.json and of a source's manifest.json.
 MISSING_IMAGE = "missing image"
@@ -134,8 +135,9 @@ class EncodedSample:
     tokens: Sequence[int]
     labels: Sequence[int]
     """Not shifted: labels[t] is tokens[t] or IGNORE_INDEX."""
-    images: Tensor
-    """[n, 3, S, S] uint8; n may be 0"""
+    images: Images[NDArray[Any]]
+    positions: NDArray[np.int64] | None = None
+    """[3, T] where M-RoPE counts an image's rows and columns; None = 0, 1, 2, … three times."""
 
 
 class Drop(NamedTuple):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from vlm_nemo.data.layout.plan import NAME
 from vlm_nemo.data.sample import SPECIAL_TOKEN, SampleError, check_text
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
 KEPT = (*NEEDED, "special_tokens_map.json", "chat_template.jinja")
 """What `save` takes along where it exists, so that AutoTokenizer reads the copy as it read the origin."""
+IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<IMG_CONTEXT>", "<IMG_ATOM>", "<image_soft_token>", "<|image|>")
+"""The families' names for a placeholder, where tokenizer_config.json does not say image_token."""
 
 
 class Tokenizer:
@@ -25,7 +30,8 @@ class Tokenizer:
     not recognised inside text. They enter a sequence only by their ids, from `vlm_nemo.data.chat`.
     """
 
-    bos_id: int
+    bos_id: int | None
+    """None: sequences begin without one (Qwen)."""
     eos_id: int
     pad_id: int
     image_id: int
@@ -37,7 +43,7 @@ class Tokenizer:
     """Every added token: `encode` never yields one, `decode` skips them."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises UserError if a file or one of the tokens bos, eos, pad, <image> is missing."""
+        """Raises UserError if a file or one of the tokens eos, pad, <image> is missing."""
         self.folder = Path(folder)
         for name in NEEDED:
             if not (self.folder / name).is_file():
@@ -58,9 +64,13 @@ class Tokenizer:
         self._fast.no_padding()
 
         added = {token["content"] for token in content.get("added_tokens") or []}
+        if not names["image"]:
+            names["image"] = next((name for name in IMAGE_TOKENS if name in added), IMAGE_MARKER)
         ids: dict[str, int] = {}
         missing = []
         for role, name in names.items():
+            if role == "bos" and not name:
+                continue
             token_id = self._fast.token_to_id(name) if name in added else None
             if token_id is None:
                 missing.append(f"{role} ({name or 'not named'})")
@@ -71,7 +81,8 @@ class Tokenizer:
                 f"tokenizer {self.folder} has no special token for {', '.join(missing)}; add it to added_tokens of "
                 "tokenizer.json and name it in tokenizer_config.json"
             )
-        self.bos_id, self.eos_id, self.pad_id, self.image_id = (ids[r] for r in ("bos", "eos", "pad", "image"))
+        self.bos_id = ids.get("bos")
+        self.eos_id, self.pad_id, self.image_id = ids["eos"], ids["pad"], ids["image"]
         self.special_ids = frozenset(
             token_id for token_id, token in self._fast.get_added_tokens_decoder().items() if token.special
         )
@@ -79,6 +90,9 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.longest_token = max(len(token.encode()) for token in vocabulary)
         self._control = frozenset((self.bos_id, self.eos_id, self.image_id))
+        self._names = {name: token_id for name in added if (token_id := self._fast.token_to_id(name)) is not None}
+        longest_first = sorted(self._names, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         # SentencePiece-style files put a space before whatever they are given ("a" and " a" differ by one token more).
         self._prepends_space = self._fast.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
 
@@ -100,6 +114,22 @@ class Tokenizer:
             raise SampleError(SPECIAL_TOKEN, f"text {text[:40]!r} becomes a special token with this tokenizer")
         return ids
 
+    def special(self, name: str) -> int:
+        """The id of an added token. Raises UserError if there is none of that name."""
+        if name not in self._names:
+            raise UserError(
+                f"tokenizer {self.folder} has no special token {name}, which the template or model.layout puts into "
+                "every conversation; add it to added_tokens of tokenizer.json, or choose another template or layout"
+            )
+        return self._names[name]
+
+    def split(self, text: str) -> tuple[str | int, ...]:
+        """A text of ours, never a user's: "<|im_start|>user\\n" -> (151644, "user\\n").
+
+        Raises UserError where a name in angle brackets is no special token.
+        """
+        return _split(self, text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are skipped."""
         return self._fast.decode(list(ids), skip_special_tokens=True)
@@ -116,6 +146,19 @@ class Tokenizer:
         for name in KEPT:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, target / name)
+
+
+@lru_cache(maxsize=1024)  # a function's, not a method's: templates and layouts have few texts
+def _split(tokenizer: Tokenizer, text: str) -> tuple[str | int, ...]:
+    pieces: list[str | int] = []
+    for piece in tokenizer._split.split(text):
+        if piece in tokenizer._names:
+            pieces.append(tokenizer._names[piece])
+        elif piece:
+            for name in NAME.findall(piece):
+                tokenizer.special(name)
+            pieces.append(piece)
+    return tuple(pieces)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -135,5 +178,5 @@ def _special_names(config: dict[str, Any]) -> dict[str, str]:
         value = config.get(f"{role}_token")
         if isinstance(value, dict):
             value = value.get("content")
-        names[role] = value or (IMAGE_MARKER if role == "image" else "")
+        names[role] = value or ""
     return names

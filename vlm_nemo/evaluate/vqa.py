@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from vlm_nemo.data.chat import encode_prompt
-from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.sample import Message
 from vlm_nemo.data.storage.folders import open_folder
 from vlm_nemo.evaluate.config import EvaluateConfig
 from vlm_nemo.infer import replicas
-from vlm_nemo.infer.engine import Prompt
+from vlm_nemo.infer.images import decode_items, plan_items
 from vlm_nemo.infer.load import LoadedModel
+from vlm_nemo.infer.prompts import prompt_of
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.types import UserError
 
@@ -129,10 +129,9 @@ def answer_all(
     """The model's greedy answer to every question. Raises UserError where too many have none (broken images, NaN)."""
     prompts = []
     for question in questions:
-        places = [model.spec.tokens] * len(question.images)
-        tokens = encode_prompt(list(question.messages), model.tokenizer, model.template, places)
-        images = partial(decode_images, question.images, model.spec)
-        prompts.append(Prompt(tokens=tokens, images=images, image_count=len(question.images)))
+        plans = plan_items(question.images, model.spec)
+        text = encode_prompt(list(question.messages), model.tokenizer, model.template, plans)
+        prompts.append(prompt_of(text, partial(decode_items, question.images, model.spec)))
     params = SamplingParams(max_tokens=max_new_tokens)
     answers = [output.outputs[0] for output in replicas.generate(model, prompts, params, progress)]
     if failed := [answer for answer in answers if answer.finish_reason == "error"]:

@@ -65,6 +65,7 @@ class TorchReference:
                 patches=patches,
                 grids=grids,
                 views=torch.ones(len(images), dtype=torch.int64),
+                embeddings=torch.full((len(images),), len(slots) // max(1, len(images))),
                 slots=slots,
                 sources=torch.arange(len(slots)),
             ),
@@ -77,7 +78,9 @@ class TorchReference:
     def _views(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         """[n, 3, S, S] -> patches and grids of as many views."""
         grid = spec_of(self._cfg).grid
-        return patchify(torch.from_numpy(images), self._cfg.vision.patch_size), torch.tensor([grid] * len(images)).view(-1, 2)
+        return patchify(torch.from_numpy(images), self._cfg.vision.patch_size), torch.tensor([grid] * len(images)).view(
+            -1, 2
+        )
 
 
 def _to_device(x: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ from vlm_nemo.infer.onnx_backend import OnnxBackend
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.types import UserError
-from vlm_nemo.weights import llava
 from vlm_nemo.weights.shards import new_folder, write_json
+from vlm_nemo.weights.tables import check_unused
 
 Say = Callable[[str], None]
 
@@ -72,8 +72,8 @@ class Wish:
 def write_export(source: Source, wish: Wish, say: Say) -> dict[str, Any]:
     """Write the export and return its manifest.
 
-    Raises UserError for a model that the graphs cannot say, sizes that do not fit, tensors that do not, a failed parity (the report then lies beside
-    `out` as <out>.parity.json) and what an engine's builder refuses.
+    Raises UserError for a model that the graphs cannot say, sizes that do not fit, tensors that do not, a failed parity
+    (the report then lies beside `out` as <out>.parity.json) and what an engine's builder refuses.
     """
     check_covered(source.cfg)
     longest = source.cfg.language.max_positions
@@ -121,7 +121,7 @@ def _write_graphs(source: Source, wish: Wish, draft: Path, twin: Path | None, sa
         shape = (cfg.language.vocab_size, cfg.language.hidden_size)
         files += [vision, language, embedding_file(folder / "embedding.safetensors", EMBEDDING, shape, precision)]
     say(f"writing {sum(f.end for f in files) / 1e6:,.1f} MB of weights" + (" (with an fp32 twin)" if twin else ""))
-    fill(files, source.tensors(), lambda name: llava.unused_names([name], cfg))
+    fill(files, source.tensors(), lambda name: check_unused([name], cfg))
     for graph in graphs:
         graph.save()
     for folder in (draft, twin):

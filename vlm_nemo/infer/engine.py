@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,16 +88,19 @@ class Engine:
         *,
         prefill_tokens: int = 4096,
         image_limit: int | None = None,
+        ends: Collection[int] | None = None,
         entropy: Callable[[], int] = fresh_entropy,
     ) -> None:
         """prefill_tokens: of new prompts in one step, though always at least one prompt. image_limit: a prompt.
 
-        entropy: seeds the answers that have no seed; it must give the same numbers on every rank.
+        ends: ids that end an answer; None = the tokenizer's eos. entropy: seeds the answers that have no seed; it must
+        give the same numbers on every rank.
         """
         self.backend = backend
         self.tokenizer = tokenizer
         self.prefill_tokens = prefill_tokens
         self.image_limit = image_limit
+        self._ends = frozenset((tokenizer.eos_id,) if ends is None else ends)
         self._entropy = entropy
         self._numbers = 0
         self._requests: dict[int, _Request] = {}
@@ -265,7 +268,7 @@ class Engine:
         s.last, s.said = token, s.said + 1
         text, stop = s.text.push(token)
         reason = None
-        if stop is not None or (token == self.tokenizer.eos_id and not params.ignore_eos):
+        if stop is not None or (token in self._ends and not params.ignore_eos):
             reason = "stop"
         elif s.said == params.max_tokens:
             reason = "length"

@@ -9,8 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from vlm_nemo.data.layout import ImageSpec
-from vlm_nemo.data.sample import Message
-from vlm_nemo.types import IMAGE_MARKER, UserError
+from vlm_nemo.data.chat import EncodedText
+from vlm_nemo.data.header import read_header
+from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.plan import ImagePlan
+from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.sample import Message, SampleError
+from vlm_nemo.types import IMAGE_MARKER, Images, UserError
 
 ImageItem = Image.Image | bytes | str | Path | NDArray[np.uint8]
 """A PIL image, an encoded file's bytes, its path, a data URI, or pixels [H, W, 3] uint8."""
@@ -28,14 +31,23 @@ ImageItem = Image.Image | bytes | str | Path | NDArray[np.uint8]
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
-def load_images(items: Sequence[ImageItem], spec: ImageSpec) -> Callable[[], NDArray[np.uint8] | None]:
-    """What `Prompt.images` wants: decodes when called, [n, 3, S, S].
+def plan_items(items: Sequence[ImageItem], spec: ImageSpec) -> list[ImagePlan]:
+    """What stands for each image in the text.
 
-    Raises UserError now for what is no image at all; the callable raises SampleError for one that cannot be decoded.
+    Raises UserError for what is no image at all. One that cannot be read stands as a square does: decoding it, when
+    its turn comes, says what is wrong, and ends no other prompt.
     """
     for number, item in enumerate(items):
         _check(item, number)
-    return partial(_decode, tuple(items), spec)
+    return [_plan(item, spec) for item in items]
+
+
+def decode_items(items: Sequence[ImageItem], spec: ImageSpec, text: EncodedText) -> Images[NDArray[Any]]:
+    """The images of a prompt whose text was made by their plans. Raises SampleError or OSError for one that cannot be
+    decoded."""
+    from vlm_nemo.data.image import decode_images  # with the first image: text alone needs no decoder
+
+    return decode_images([image_bytes(item) for item in items], text, spec)
 
 
 def image_bytes(item: ImageItem) -> bytes:
@@ -127,12 +139,15 @@ def _check(item: object, number: int) -> None:
         )
 
 
-def _decode(items: tuple[ImageItem, ...], spec: ImageSpec) -> NDArray[np.uint8] | None:
-    from vlm_nemo.data.image import decode_image  # with the first image: text alone needs no decoder
-
-    if not items:
-        return None
-    return np.stack([np.asarray(decode_image(image_bytes(item), spec)) for item in items])
+def _plan(item: ImageItem, spec: ImageSpec) -> ImagePlan:
+    square = (spec.size, spec.size)
+    if spec.layout.kind == "square":  # all sizes are alike: nothing is read
+        return plan_image(spec, square)
+    try:
+        header = read_header(image_bytes(item))
+    except (SampleError, OSError):
+        return plan_image(spec, square)
+    return plan_image(spec, (header.width, header.height))
 
 
 def _png(image: Image.Image) -> bytes:

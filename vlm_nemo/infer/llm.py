@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlm_nemo.data.chat import Template
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.chat import EncodedText, Template
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.infer.chunks import chat_prompt, text_prompt
 from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.infer.engine import Engine, Prompt, RequestOutput
-from vlm_nemo.infer.images import ImageItem, load_images, openai_messages
+from vlm_nemo.infer.images import ImageItem, decode_items, openai_messages, plan_items
+from vlm_nemo.infer.prompts import chat_prompt, prompt_of, text_prompt
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
@@ -73,8 +74,8 @@ class LLM:
         asked, texts = [], []
         for prompt in listed:
             text, images = _text_and_images(prompt)
-            tokens = text_prompt(text, len(images), self.model.tokenizer, self.model.spec)
-            asked.append(self._prompt(tokens, images))
+            found = text_prompt(text, plan_items(images, self.model.spec), self.model.tokenizer)
+            asked.append(self._prompt(found, images))
             texts.append(text)
         outputs = self.model.engine.generate(asked, sampling_params or SamplingParams(), progress)
         return [replace(output, prompt=text) for output, text in zip(outputs, texts, strict=True)]
@@ -93,13 +94,13 @@ class LLM:
         asked = []
         for conversation in messages if several else [messages]:
             turns, images = openai_messages(conversation)  # type: ignore[arg-type]
-            model = self.model
-            tokens = chat_prompt(turns, len(images), model.tokenizer, model.template, model.spec)
-            asked.append(self._prompt(tokens, images))
+            plans = plan_items(images, self.model.spec)
+            found = chat_prompt(turns, plans, self.model.tokenizer, self.model.template)
+            asked.append(self._prompt(found, images))
         return self.model.engine.generate(asked, sampling_params or SamplingParams(), progress)
 
-    def _prompt(self, tokens: list[int], images: Sequence[ImageItem]) -> Prompt:
-        return Prompt(tokens=tokens, images=load_images(images, self.model.spec), image_count=len(images))
+    def _prompt(self, text: EncodedText, images: Sequence[ImageItem]) -> Prompt:
+        return prompt_of(text, partial(decode_items, images, self.model.spec))
 
 
 def _text_and_images(prompt: TextPrompt) -> tuple[str, list[ImageItem]]:

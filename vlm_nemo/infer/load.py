@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_nemo.data.chat import TEMPLATES, Template
+from vlm_nemo.data.chat import TEMPLATES, Template, end_id
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.backend import Backend
@@ -133,12 +133,13 @@ def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, pr
 
 def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:
     from vlm_nemo.runtime import device, groups
+    from vlm_nemo.weights.config import model_config_of
+    from vlm_nemo.weights.families import FAMILIES
     from vlm_nemo.weights.hf import HFFolder, load_hf_weights
-    from vlm_nemo.weights.llava_config import model_config_of
     from vlm_nemo.weights.words import template_of
 
     folder = HFFolder(path)
-    if folder.family != "llava":
+    if folder.family is None:
         raise UserError(f"hf={path} holds a {folder.architecture}, which answers no questions about images alone")
     dtype = folder.dtype(folder.names()[0])
     stored = "fp32" if dtype == "float32" else "bf16"
@@ -154,7 +155,7 @@ def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision:
             ranks,
             source=Path(path),
             tokenizer=Tokenizer(path),
-            template=template_of(folder.path) or "vicuna",
+            template=template_of(folder.path) or FAMILIES[folder.family].template,
             load=lambda chunks: load_hf_weights(folder, chunks),
         )
 
@@ -188,7 +189,7 @@ def _with_torch(
         tokenizer=tokenizer,
         template=TEMPLATES[template],
         spec=spec_of(cfg),
-        engine=_engine(backend, tokenizer, infer, _shared_entropy(ranks)),
+        engine=_engine(backend, tokenizer, TEMPLATES[template], infer, _shared_entropy(ranks)),
         info=_info("torch", precision, source, capacity),
         ranks=ranks,
     )
@@ -211,7 +212,7 @@ def _open_bundle(path: str, infer: InferConfig, precision: str) -> LoadedModel:
         tokenizer=tokenizer,
         template=TEMPLATES[bundle.template],
         spec=bundle.image,
-        engine=_engine(backend, tokenizer, infer),
+        engine=_engine(backend, tokenizer, TEMPLATES[bundle.template], infer),
         info=_info(runtime, bundle.precision, Path(path), backend.capacity),
     )
 
@@ -234,9 +235,14 @@ def _runtime(bundle: Bundle, infer: InferConfig) -> tuple[str, Backend]:
 
 
 def _engine(
-    backend: Backend, tokenizer: Tokenizer, infer: InferConfig, entropy: Callable[[], int] = fresh_entropy
+    backend: Backend,
+    tokenizer: Tokenizer,
+    template: Template,
+    infer: InferConfig,
+    entropy: Callable[[], int] = fresh_entropy,
 ) -> Engine:
-    return Engine(backend, tokenizer, prefill_tokens=infer.prefill_tokens, entropy=entropy)
+    ends = {tokenizer.eos_id, end_id(tokenizer, template)}
+    return Engine(backend, tokenizer, prefill_tokens=infer.prefill_tokens, ends=ends, entropy=entropy)
 
 
 def _shared_entropy(ranks: Ranks) -> Callable[[], int]:

@@ -12,16 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vlm_nemo.data.packing import as_tensors, join_images
 from vlm_nemo.infer.backend import Row
-from vlm_nemo.model.batch import (
-    ModelBatch,
-    count_embeddings,
-    image_blocks,
-    join_images,
-    no_images,
-    rows_of,
-    tensors,
-)
+from vlm_nemo.model.batch import ModelBatch, count_embeddings, image_blocks, rows_of
 from vlm_nemo.model.cache import KVCache, cached_step
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.views import vision_batch
@@ -94,13 +87,11 @@ class TorchBackend:
         """The step; a step without images has no views and does not run the tower."""
         cfg, where = self._cfg, device.device()
         tokens = [torch.tensor(row.tokens) for row in rows]
-        images, starts, embeddings, at = [], [], [], 0
-        for row, ids in zip(rows, tokens, strict=True):
-            images.append(tensors(row.images) if row.images is not None else no_images(cfg))
-            starts.append(at)
-            embeddings.append(count_embeddings(images[-1], ids, cfg, self._image_token))
-            at += len(ids)
-        joined = join_images(images, starts, embeddings)
+        images = [row.images or join_images([], [], cfg.vision.patch_size) for row in rows]
+        for ids, found in zip(tokens, images, strict=True):
+            count_embeddings(as_tensors(found), ids, cfg, self._image_token)
+        joined = as_tensors(join_images(images, [len(ids) for ids in tokens], cfg.vision.patch_size))
+        at = sum(len(ids) for ids in tokens)
         blocks = image_blocks(joined.slots, at) if cfg.language.image_attention == "bidirectional" else None
         lengths = [(row.slot, row.start, len(row.tokens)) for row in rows]
         segments = cached_step(self._cache, lengths, where, blocks=blocks)
@@ -114,7 +105,7 @@ class TorchBackend:
             segments=segments,
             views=None if views is None else views.moved(lambda x: x.to(where)),
             image_slots=joined.slots.to(where),
-            image_sources=rows_of(joined.sources, sum(embeddings)).to(where),
+            image_sources=rows_of(joined.sources, int(joined.embeddings.sum())).to(where),
         )
 
     def _no_rows(self, batch: ModelBatch) -> Tensor:

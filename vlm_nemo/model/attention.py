@@ -84,7 +84,9 @@ def packed_attention(
     """
     if window is not None and window >= segments.max_seqlen_q:
         window = None
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and (window is None or _varlen_has("window_size")):
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
+    if half and not dense and (window is None or _varlen_has("window_size")):
         out = varlen_attention(q, k, v, segments, scale, window)
     else:
         out = segment_attention(q, k, v, segments, scale, window)
@@ -116,9 +118,10 @@ def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None = None
 ) -> Tensor:
     """Attention inside every segment, through the rectangles; blocks apart. [T, heads, d] -> [T, heads, d]."""
-    assert segments.cells is not None and segments.cell_of_token is not None
     groups = q.shape[1] // k.shape[1]
-    spread = [_Spread.apply(x.flatten(1), segments.cells, segments.cell_of_token) for x in (q, k, v)]
+    spread = [x.flatten(1) for x in (q, k, v)]
+    if segments.cells is not None:
+        spread = [_Spread.apply(x, segments.cells, segments.cell_of_token) for x in spread]
     outputs, start = [], 0
     for rows, length in segments.rectangles:
         cut = slice(start, start + rows * length)
@@ -132,7 +135,9 @@ def segment_attention(
             out = F.scaled_dot_product_attention(qr, kr, vr, is_causal=segments.causal, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(rows * length, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _Gather.apply(joined, segments.cells, segments.cell_of_token).view_as(q)
+    if segments.cells is not None:
+        joined = _Gather.apply(joined, segments.cells, segments.cell_of_token)
+    return joined.view_as(q)
 
 
 def _striped(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int) -> Tensor:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm_nemo.data.layout.spec import view_tokens
@@ -47,15 +44,17 @@ def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, i
     Raises ValueError with both counts where placeholders and images disagree: half an image is never merged.
     """
     spec = spec_of(cfg)
-    of_view = [view_tokens(spec, (rows, columns)) for rows, columns in images.grids.tolist()]
-    total = sum(of_view)
+    total = sum(view_tokens(spec, (rows, columns)) for rows, columns in images.grids.tolist())
+    reserved = int(images.embeddings.sum())
+    if total != reserved:
+        raise ValueError(f"the row's images were laid out for {reserved} embeddings, but the model gives {total}")
     there = tokens == image_token
     if spec.cross_attention:
         placeholders, merged, whole = int(there.sum()), images.count, bool(there[images.slots].all())
     else:
         taken = images.sources >= 0
         placeholders, merged = int(there.sum()), int(there[images.slots].sum())
-        ends = torch.tensor(of_view).cumsum(0)[images.views.cumsum(0) - 1] if of_view else torch.empty(0)
+        ends = images.embeddings.cumsum(0)
         seen = torch.bucketize(images.sources[taken], ends, right=True).unique().numel()
         whole = bool(there[images.slots[taken]].all()) and seen == images.count
     if placeholders != merged or not whole:
@@ -66,35 +65,9 @@ def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, i
     return total
 
 
-def join_images(images: Sequence[Images[Tensor]], starts: Sequence[int], embeddings: Sequence[int]) -> Images[Tensor]:
-    """Several samples' images as those of one row. starts: where each sample's tokens begin; embeddings: E of each."""
-    before = [sum(embeddings[:i]) for i in range(len(images))]
-    return Images(
-        patches=torch.cat([each.patches for each in images]),
-        grids=torch.cat([each.grids for each in images]),
-        views=torch.cat([each.views for each in images]),
-        slots=torch.cat([each.slots + start for each, start in zip(images, starts, strict=True)]),
-        sources=torch.cat(
-            [torch.where(e.sources < 0, e.sources, e.sources + n) for e, n in zip(images, before, strict=True)]
-        ),
-    )
-
-
 def rows_of(sources: Tensor, embeddings: int) -> Tensor:
     """Images' sources as rows of [embeddings, extra rows]: 3 -> 3, -1 -> E, -2 -> E + 1."""
     return torch.where(sources < 0, embeddings - 1 - sources, sources)
-
-
-def no_images(cfg: ModelConfig) -> Images[Tensor]:
-    """Of a row of text."""
-    none = torch.empty(0, dtype=torch.int64)
-    patches = torch.empty(0, 3 * cfg.vision.patch_size**2, dtype=torch.uint8)
-    return Images(patches=patches, grids=none.view(0, 2), views=none, slots=none, sources=none)
-
-
-def tensors(images: Images[NDArray[Any]]) -> Images[Tensor]:
-    """The same memory as tensors."""
-    return Images(**{field.name: torch.from_numpy(getattr(images, field.name)) for field in fields(images)})
 
 
 def image_blocks(slots: Tensor, length: int) -> Tensor:
@@ -113,9 +86,12 @@ def image_blocks(slots: Tensor, length: int) -> Tensor:
 def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device) -> ModelBatch:
     """Check a row and move it. Raises ValueError as `count_embeddings` does."""
     images = row.images
-    embeddings = count_embeddings(images, row.tokens, cfg, image_token)
-    patches, grids = images.patches, images.grids
-    if not images.count:
+    patches, grids, embeddings = images.patches, images.grids, 0
+    if len(patches):
+        embeddings = count_embeddings(images, row.tokens, cfg, image_token)
+    else:  # none, or on a later pipeline stage, which gets no pixels
+        if (row.tokens == image_token).any():
+            raise ValueError("the row has image placeholders and no images")
         patches, grids = blank_view(cfg.vision, spec_of(cfg).factor)
     whole = cfg.language.image_attention == "bidirectional"
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None

@@ -148,7 +148,7 @@ def cached_step(
             row_of_token += range(row * most, row * most + n)
             at += n
         reach = positions.clone()
-        for start, end in block_runs(blocks) if blocks is not None else ():
+        for _, start, end in block_runs(blocks, [0, *ends.tolist()]) if blocks is not None else ():
             reach[start:end] = positions[end - 1]
         visible = torch.arange(step.longest) <= reach[queries][:, None, :, None]
         step.queries, step.visible = queries.to(device), visible.to(device)

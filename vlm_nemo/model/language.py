@@ -1,4 +1,7 @@
-"""The language model: a Llama-style decoder, megatron-core's GPTModel with our attention and norms."""
+"""The language model: megatron-core's GPTModel with our attention, norms and rotary positions.
+
+Llama by default; the switches of LanguageConfig make Mistral, Qwen 2 and 3, Gemma 3 of it.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,67 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
-from torch.nn import functional as F
 
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import LanguageConfig
-from vlm_nemo.model.transformer import block_spec, transformer_config
+from vlm_nemo.model.norm import Norm
+from vlm_nemo.model.rope import Rotary
+from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
 from vlm_nemo.runtime.config import ParallelConfig
 
 
+class DecoderLayer(TransformerLayer):
+    """A layer that takes its angles from the table of its kind (global or local) and, with sandwich, norms what
+    attention and MLP give before it is added (Gemma 3)."""
+
+    def __init__(self, *given: Any, sandwich: bool, **named: Any) -> None:
+        super().__init__(*given, **named)
+        config = self.config
+        self.local = int(is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number))
+        self.sandwich = sandwich
+        if sandwich:
+            self.post_attention_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+            self.post_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def _forward_attention(self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, **given: Any) -> tuple[Tensor, Any]:
+        if rotary_pos_emb.dim() == 5:
+            rotary_pos_emb = rotary_pos_emb[self.local]
+        if not self.sandwich:
+            return super()._forward_attention(hidden_states, rotary_pos_emb=rotary_pos_emb, **given)
+        out, bias = self.self_attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=given["packed_seq_params"],
+        )
+        assert bias is None, "a bias would have to be normed too"
+        return hidden_states + self.post_attention_layernorm(out), None
+
+    def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
+        if self.sandwich:
+            out, bias = mlp_output_with_bias
+            assert bias is None, "a bias would have to be normed too"
+            mlp_output_with_bias = self.post_mlp_layernorm(out), None
+        return super()._forward_post_mlp(mlp_output_with_bias, residual)
+
+
 class Decoder(GPTModel):
-    """GPTModel that computes the logits of a generation step at the last token of every row only."""
+    """GPTModel with our rotary positions and scaled embeddings, that computes the logits of a generation step at the
+    last token of every row only."""
+
+    def __init__(self, cfg: LanguageConfig, config: TransformerConfig, **given: Any) -> None:
+        super().__init__(config, **given)
+        self.rotary_pos_emb = Rotary(cfg, config.kv_channels)
+        # Rounded as the embeddings are: Gemma was trained with 50.5 for sqrt(2560) in bf16
+        self.embedding_scale = torch.tensor(cfg.embedding_scale).to(config.params_dtype).item()
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[1, T] -> [T, 1, D]: the embeddings of text, before any image is placed among them."""
+        x = self.embedding(input_ids=tokens, position_ids=positions)
+        return x if self.embedding_scale == 1.0 else x * self.embedding_scale
 
     def _postprocess(self, hidden_states: Tensor, *, packed_seq_params: Any = None, **given: Any) -> Tensor:
         if self.post_process and isinstance(packed_seq_params, CachedStep):
@@ -32,7 +85,6 @@ def language_config(
     cfg: LanguageConfig, parallel: ParallelConfig, dtype: torch.dtype, extra: Mapping[str, Any]
 ) -> TransformerConfig:
     """megatron's config of the decoder."""
-    rotary = cfg.hidden_size // cfg.num_heads // 2
     return transformer_config(
         parallel,
         dtype,
@@ -42,15 +94,22 @@ def language_config(
         hidden_size=cfg.hidden_size,
         num_attention_heads=cfg.num_heads,
         num_query_groups=cfg.num_kv_heads,
+        kv_channels=cfg.head_dim,
         ffn_hidden_size=cfg.ffn_hidden_size,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[cfg.activation],
         gated_linear_unit=True,
         normalization="RMSNorm",
         layernorm_epsilon=cfg.norm_eps,
+        layernorm_zero_centered_gamma=cfg.norm_plus_one,
         add_bias_linear=False,
-        # "mrope" hands our position ids to the rotary table, so positions restart in every sample without a sync;
-        # with three equal rows it is ordinary RoPE, whatever the sections.
-        mrope_section=[rotary, 0, 0],
+        add_qkv_bias=cfg.qkv_bias,
+        # Also: sum the gradients of these norms over the tensor group, whose ranks see other heads
+        qk_layernorm=cfg.qk_norm,
+        softmax_scale=cfg.attention_scale,
+        window_size=None if cfg.window is None else (cfg.window - 1, 0),
+        window_attn_skip_freq=cfg.global_every,
+        # Looked for where positions are "mrope"; Rotary has its own.
+        mrope_section=list(cfg.mrope_section),
     )
 
 
@@ -58,17 +117,25 @@ def language_model(
     cfg: LanguageConfig, config: TransformerConfig, *, first: bool, last: bool, vp_stage: int | None
 ) -> Decoder:
     """One pipeline stage (or virtual chunk) of the decoder. first holds the embedding, last the head."""
+    plain = not cfg.sandwich_norm and cfg.rope_local_base is None
     return Decoder(
+        cfg,
         config,
-        block_spec(get_num_layers_to_build(config, vp_stage=vp_stage), AttnMaskType.causal),
+        transformer_layer_spec=block_spec(
+            get_num_layers_to_build(config, vp_stage=vp_stage),
+            AttnMaskType.causal,
+            module=TransformerLayer if plain else DecoderLayer,
+            params={} if plain else {"sandwich": cfg.sandwich_norm},
+            head_norm=cfg.qk_norm,
+        ),
         vocab_size=cfg.vocab_size,
         max_sequence_length=cfg.max_positions,
         pre_process=first,
         post_process=last,
         parallel_output=True,
         share_embeddings_and_output_weights=cfg.tied_embeddings,
+        # Hands our position ids to the rotary table, so that positions restart in every sample without a sync
         position_embedding_type="mrope",
-        rotary_base=cfg.rope_base,
         # Image embeddings are merged in before the sequence is scattered; VLM does both.
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,

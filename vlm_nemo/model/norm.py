@@ -11,6 +11,8 @@ from torch.nn import functional as F
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, as `config.normalization` says. x: [..., D] -> [..., D].
 
+    With `config.layernorm_zero_centered_gamma` it is Gemma's: RMSNorm times 1 + weight, in fp32.
+
     Under sequence parallelism every tensor rank sees other tokens, so the gradients of weight and bias are partial;
     megatron sums them over the tensor group for parameters that carry `sequence_parallel = True`.
     """
@@ -19,13 +21,17 @@ class Norm(nn.Module):
         super().__init__()
         self.eps = eps
         self.rms = config.normalization == "RMSNorm"
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.plus_one = config.layernorm_zero_centered_gamma
+        fill = torch.zeros if self.plus_one else torch.ones
+        self.weight = nn.Parameter(fill(hidden_size, dtype=config.params_dtype))
         if not self.rms:
             self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.plus_one:  # in fp32: 1 + weight would lose the weight's last bits
+            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
         if self.rms:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import bisect
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,9 +34,9 @@ class Segments(PackedSeqParams):
     rectangles: list[tuple[int, int]] = field(default_factory=list)
     """rows and length of each; their cells follow one another in `cells`"""
     cells: Tensor | None = None
-    """[C] int64: the token of every cell, 0 where there is none"""
+    """[C] int64: the token of every cell, 0 where there is none; None where the cells are the tokens in their order"""
     cell_of_token: Tensor | None = None
-    """[T] int64: the cell of every token"""
+    """[T] int64: the cell of every token; None with `cells`"""
     causal: bool = True
     """Whether a token sees only those before it in its segment, or all of it."""
     windows: Segments | None = None
@@ -68,11 +68,11 @@ class Segments(PackedSeqParams):
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
         """The same, every tensor through `move`."""
-        assert self.cells is not None and self.cell_of_token is not None
         moved = copy.copy(self)
         moved.masks = {}
         moved.cu_seqlens_q = moved.cu_seqlens_kv = move(self.cu_seqlens_q)
-        moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
+        if self.cells is not None and self.cell_of_token is not None:
+            moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
         moved.windows = self.windows.moved(move) if self.windows is not None else None
         return moved
 
@@ -108,6 +108,8 @@ def make_segments(
         cells.append(torch.where(inside, tokens, 0).flatten())
         cell_of_token[tokens[inside]] = offset + inside.flatten().nonzero().flatten()
         offset += tokens.numel()
+    order = torch.cat(cells)
+    in_order = len(order) == total and bool((order == torch.arange(total)).all())  # segments of one length
     cu_out = torch.tensor(bounds, dtype=torch.int32)
     # "sbhd": megatron must keep the row as [T, 1, ...] and apply the rotary table row by row; its own "thd" path
     # reads cu_seqlens back to the host in every layer.
@@ -118,25 +120,19 @@ def make_segments(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         rectangles=rectangles,
-        cells=torch.cat(cells),
-        cell_of_token=cell_of_token,
+        cells=None if in_order else order,
+        cell_of_token=None if in_order else cell_of_token,
         causal=causal,
-        blocks=[] if blocks is None else _samples_of(block_runs(blocks), cu),
+        blocks=[] if blocks is None else block_runs(blocks, cu),
     )
 
 
-def block_runs(blocks: Tensor) -> list[tuple[int, int]]:
-    """[-1 -1 7 7 8 8 -1] -> [(2, 4), (4, 6)]: first token of every block, and the one behind its last."""
+def block_runs(blocks: Tensor, cu: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Of every block: the first token of its sample, its own first token, and the one behind its last.
+
+    ([-1 0 0 1 1 -1], [0 4 6]) -> [(0, 1, 3), (0, 3, 4), (4, 4, 5)]: a number in two samples is two blocks.
+    """
     changes = (blocks[1:] != blocks[:-1]).nonzero().flatten() + 1
-    edges = [0, *changes.tolist(), len(blocks)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if blocks[a] >= 0]
-
-
-def _samples_of(runs: list[tuple[int, int]], cu: list[int]) -> list[tuple[int, int, int]]:
-    """Before each run, the first token of its sample."""
-    found = []
-    for start, end in runs:
-        sample = bisect.bisect_right(cu, start) - 1
-        assert end <= cu[sample + 1], f"tokens {start} to {end - 1} are one block in two samples"
-        found.append((cu[sample], start, end))
-    return found
+    edges = sorted({0, *changes.tolist(), *cu})
+    runs = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if blocks[a] >= 0]
+    return [(cu[bisect.bisect_right(cu, a) - 1], a, b) for a, b in runs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 
 
 def transformer_config(
@@ -84,17 +90,34 @@ def transformer_config(
     return TransformerConfig(**decided, **(extra or {}))
 
 
-def block_spec(num_layers: int, mask: AttnMaskType) -> TransformerBlockSubmodules:
-    """Pre-norm layers: norm, attention, residual, norm, MLP, residual. num_layers is this stage's own number."""
+def block_spec(
+    num_layers: int,
+    mask: AttnMaskType,
+    *,
+    module: type[TransformerLayer] = TransformerLayer,
+    params: Mapping[str, Any] | None = None,
+    head_norm: bool = False,
+) -> TransformerBlockSubmodules:
+    """Pre-norm layers: norm, attention, residual, norm, MLP, residual. num_layers is this stage's own number.
+
+    module, params: a layer of another kind, with these arguments more. head_norm: norms of every head's queries and
+    keys.
+    """
+    norm = Norm if head_norm else None
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=module,
+        params=dict(params or {}),
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=norm,
+                    k_layernorm=norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -1,20 +1,23 @@
-"""The vision tower: a CLIP-style transformer over patches. Images in, one vector a patch out."""
+"""The vision tower: a transformer over patches. Views in, one vector a patch out. Read `VisionTower.forward`."""
 
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_nemo.data.layout import ImageSpec, image_spec
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.norm import Norm
-from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
+from vlm_nemo.model.transformer import ACTIVATIONS, transformer_config
+from vlm_nemo.model.views import VisionBatch, runs, window_patches
+from vlm_nemo.model.vision_layer import tower_spec
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
+
+NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
+"""Our names of norms to megatron's."""
 
 
 def layers_used(cfg: VisionConfig) -> int:
@@ -28,65 +31,129 @@ def layers_used(cfg: VisionConfig) -> int:
     return used
 
 
-def spec_of(cfg: VisionConfig) -> ImageSpec:
-    """What the tower expects, in the data engine's words. Raises UserError if the patch does not divide the image."""
-    kept = cfg.class_token and cfg.keep_class_token
-    return image_spec(cfg.image_size, cfg.patch_size, kept, cfg.aspect, tuple(cfg.mean))
-
-
-def output_tokens(cfg: VisionConfig) -> int:
-    """Vectors an image gives the projector."""
-    return spec_of(cfg).tokens
-
-
 class VisionTower(MegatronModule):
-    """[N, 3, H, W] uint8 -> [N, P, D]. Tensor parallel like the language model; never split over pipeline stages."""
+    """Views of P patches -> [N, D]. Tensor parallel like the language model; never split over pipeline stages."""
 
     def __init__(self, cfg: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+        check(cfg, parallel)
+        width, layers = cfg.hidden_size, layers_used(cfg)
         config = transformer_config(
             parallel,
             dtype,
             pipelined=False,
-            num_layers=layers_used(cfg),
-            hidden_size=cfg.hidden_size,
+            num_layers=layers,
+            hidden_size=width,
             num_attention_heads=cfg.num_heads,
             ffn_hidden_size=cfg.ffn_hidden_size,
             activation_func=ACTIVATIONS[cfg.activation],
-            normalization="LayerNorm",
+            gated_linear_unit=cfg.gated,
+            normalization=NORMS[cfg.norm],
             layernorm_epsilon=cfg.norm_eps,
-            add_bias_linear=True,
-            add_qkv_bias=True,
+            add_bias_linear=cfg.bias,
+            add_qkv_bias=cfg.qkv_bias,
+            # Which layers stay within windows; how wide those are is said by the views.
+            window_size=None if cfg.window is None else (cfg.window, cfg.window),
+            window_attn_skip_freq=[int(n not in cfg.full_attention_layers) for n in range(layers)],
         )
         super().__init__(config=config)
-        spec_of(cfg)  # refuses sizes that do not divide
         self.cfg = cfg
-        grid = cfg.image_size // cfg.patch_size
-        self.patch_weight = nn.Parameter(torch.empty(cfg.hidden_size, 3 * cfg.patch_size**2, dtype=dtype))
-        self.position = nn.Parameter(torch.empty(grid**2 + int(cfg.class_token), cfg.hidden_size, dtype=dtype))
-        if cfg.class_token:
-            self.class_token = nn.Parameter(torch.empty(cfg.hidden_size, dtype=dtype))
-        self.pre_norm = Norm(config, cfg.hidden_size, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
-        self.blocks = TransformerBlock(
-            config, block_spec(layers_used(cfg), AttnMaskType.no_mask), post_layer_norm=False
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype))
+
+        frames = (cfg.temporal_patch_size,) if cfg.temporal_patch_size > 1 else ()
+        self.patch_weight = parameter(width, *frames, 3 * cfg.patch_size**2)
+        self.patch_bias = parameter(width) if cfg.patch_bias else None
+        self.patch_norm = Norm(config, width, cfg.norm_eps) if cfg.patch_norm else nn.Identity()
+        self.class_token = parameter(width) if cfg.class_token else None
+        places = (cfg.image_size // cfg.patch_size) ** 2 + int(cfg.class_token)
+        self.position = parameter(places, width) if cfg.position == "learned" else None
+        self.pre_norm = Norm(config, width, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
+        self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False)
+        self.post_norm = Norm(config, width, cfg.norm_eps) if cfg.post_norm else nn.Identity()
+        self.register_buffer("mean", torch.tensor(cfg.mean) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.std) * 255, persistent=False)
+
+    def forward(self, views: VisionBatch) -> Tensor:
+        """[N, D]: the features of all views one after the other, in each the class token first where it is kept."""
+        x = self.embed(views)
+        angles = None if views.places is None else self.angles(views.places)
+        x = self.blocks(
+            self.pre_norm(x).unsqueeze(1), attention_mask=None, rotary_pos_emb=angles, packed_seq_params=views.segments
         )
-        self.register_buffer("mean", torch.tensor(cfg.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(cfg.std).view(1, 3, 1, 1) * 255, persistent=False)
+        x = self.post_norm(x.squeeze(1))
+        return x if views.out_rows is None else x.index_select(0, views.out_rows)
 
-    def forward(self, images: Tensor) -> Tensor:
-        pixels = ((images.float() - self.mean.float()) / self.std.float()).to(self.patch_weight.dtype)
-        x = F.linear(patchify(pixels, self.cfg.patch_size), self.patch_weight)
-        if self.cfg.class_token:
-            x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1)
-        x = self.pre_norm(x + self.position)
-        x = self.blocks(x.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
-        return x[:, 1:] if self.cfg.class_token and not self.cfg.keep_class_token else x
+    def embed(self, views: VisionBatch) -> Tensor:
+        """[rows of the tower, D]: patches and class tokens, learned positions added."""
+        weight = self.patch_weight.sum(1) if self.cfg.temporal_patch_size > 1 else self.patch_weight
+        x = self.patch_norm(F.linear(self.normalise(views.patches), weight, self.patch_bias))
+        start = None if self.position is None or self.class_token is None else self.position[0]
+        if self.position is not None:
+            x = self.add_positions(x, self.position if start is None else self.position[1:], views)
+        if views.patch_rows is None:
+            return x
+        rows = x.shape[0] if views.class_rows is None else x.shape[0] + views.class_rows.shape[0]
+        out = x.new_empty(rows, x.shape[1]).index_copy(0, views.patch_rows, x)
+        if views.class_rows is None:
+            return out
+        assert self.class_token is not None
+        first = self.class_token if start is None else self.class_token + start
+        return out.index_copy(0, views.class_rows, first.expand(views.class_rows.shape[0], -1))
+
+    def normalise(self, patches: Tensor) -> Tensor:
+        """[P, p*p*3] uint8 -> the same in the weights' type, mean colour 0."""
+        pixels = (patches.view(patches.shape[0], -1, 3).float() - self.mean.float()) / self.std.float()
+        return pixels.flatten(1).to(self.patch_weight.dtype)
+
+    def add_positions(self, x: Tensor, table: Tensor, views: VisionBatch) -> Tensor:
+        """Learned positions added to patches x [P, D], stretched for grids other than the table's [g*g, D]."""
+        parts, row, width = [], 0, x.shape[1]
+        for grid, count in runs(views.grids):
+            patches = grid[0] * grid[1]
+            added = table
+            if grid in views.stretch:
+                down, across = (m.to(table.dtype) for m in views.stretch[grid])
+                square = table.view(down.shape[1], across.shape[1], width)
+                added = torch.einsum("hg,gkd,wk->hwd", down, square, across).reshape(patches, width)
+            block = x[row : row + count * patches].view(count, patches, width)
+            parts.append((block + added).view(-1, width))
+            row += count * patches
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def angles(self, places: Tensor) -> Tensor:
+        """2-D rotary angles, [N, 2] -> [N, 1, 1, d]: a quarter of a head turns with the row, a quarter with the column,
+        and the other half of it is what they turn with."""
+        quarter = self.cfg.hidden_size // self.cfg.num_heads // 4
+        exponent = torch.arange(quarter, dtype=torch.float32, device=places.device) / quarter
+        angles = (places[:, :, None] * self.cfg.rope_base**-exponent).flatten(1)
+        return torch.cat((angles, angles), dim=1)[:, None, None]
 
 
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """[N, 3, H, W] -> [N, (H/p)(W/p), 3 p p]; rows of patches top to bottom, channels outermost inside a patch.
-
-    A matrix product with a convolution's weight flattened as [D, 3 p p] then equals that convolution.
-    """
-    n, c, h, w = images.shape
-    x = images.reshape(n, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(n, (h // patch) * (w // patch), c * patch * patch)
+def check(cfg: VisionConfig, parallel: ParallelConfig) -> None:
+    """Refuse sizes that do not fit together. Raises UserError."""
+    if cfg.image_size % cfg.patch_size:
+        raise UserError(
+            f"model.vision.image_size={cfg.image_size} is not a multiple of model.vision.patch_size={cfg.patch_size}"
+        )
+    if cfg.post_norm and layers_used(cfg) < cfg.num_layers:
+        raise UserError(
+            f"model.vision.post_norm is part of the last hidden state, but model.vision.feature_layer="
+            f"{cfg.feature_layer} is an earlier one; set post_norm=false, or feature_layer=-1"
+        )
+    for key, size in {"num_heads": cfg.num_heads, "ffn_hidden_size": cfg.ffn_hidden_size}.items():
+        if size % parallel.tensor:
+            raise UserError(
+                f"model.vision.{key}={size} is not a multiple of parallel.tensor={parallel.tensor}; "
+                "choose another parallel.tensor"
+            )
+    if cfg.hidden_size % cfg.num_heads:
+        raise UserError(
+            f"model.vision.hidden_size={cfg.hidden_size} is not a multiple of model.vision.num_heads={cfg.num_heads}"
+        )
+    if cfg.position == "rope" and cfg.hidden_size // cfg.num_heads % 4:
+        raise UserError(
+            f"model.vision.position=rope needs heads of a multiple of 4 channels, but "
+            f"model.vision.hidden_size={cfg.hidden_size} / num_heads={cfg.num_heads} is not one"
+        )
+    window_patches(cfg)

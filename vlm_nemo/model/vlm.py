@@ -53,7 +53,7 @@ class VLM(MegatronModule):
         """
         x = None
         if self.pre_process:
-            x = self.language.embedding(input_ids=batch.tokens, position_ids=batch.positions)
+            x = self.language.embed(batch.tokens, batch.positions)
             if image_rows is None:
                 assert batch.views is not None, "every row of training has a view, were it a blank one"
                 image_rows = self.embed_images(batch.views)

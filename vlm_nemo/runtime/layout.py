@@ -8,7 +8,7 @@ from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
 if TYPE_CHECKING:
-    from vlm_nemo.model.config import ModelConfig
+    from vlm_nemo.model.config import LanguageConfig, ModelConfig
 
 
 def check_layout(
@@ -28,6 +28,7 @@ def check_layout(
     _check_sizes(parallel)
     if model is not None:
         _check_heads(model)
+        _check_positions(model.language)
         _check_tensor(parallel, model)
         _check_pipeline(parallel, model)
     _check_world(parallel, world_size, global_packs, micro_packs)
@@ -55,33 +56,81 @@ def _check_sizes(parallel: ParallelConfig) -> None:
 
 def _check_heads(model: ModelConfig) -> None:
     """Widths must split into heads, and query heads into groups that share a key and a value."""
-    for whole, key, size in (
-        (model.language.hidden_size, "model.language.num_heads", model.language.num_heads),
-        (model.language.num_heads, "model.language.num_kv_heads", model.language.num_kv_heads),
-        (model.vision.hidden_size, "model.vision.num_heads", model.vision.num_heads),
-    ):
+    language, vision = model.language, model.vision
+    cut = [
+        ("model.language.num_heads", language.num_heads, "num_kv_heads", language.num_kv_heads),
+        ("model.vision.hidden_size", vision.hidden_size, "num_heads", vision.num_heads),
+    ]
+    if language.head_dim is None:
+        cut.insert(0, ("model.language.hidden_size", language.hidden_size, "num_heads", language.num_heads))
+    for of, whole, name, size in cut:
         if size < 1 or whole % size:
-            of = "num_heads" if key.endswith("kv_heads") else "hidden_size"
-            raise UserError(f"{key}={size} does not divide {key.rsplit('.', 1)[0]}.{of}={whole}; change either number")
+            key = f"{of.rsplit('.', 1)[0]}.{name}"
+            raise UserError(f"{key}={size} does not divide {of}={whole}; change either number")
+    if head_dim(language) < 2 or head_dim(language) % 2:
+        raise UserError(
+            f"a head of the language model is {head_dim(language)} wide and rotary positions turn pairs; make "
+            "model.language.head_dim even"
+        )
+
+
+def head_dim(language: LanguageConfig) -> int:
+    """Width of one head of the decoder."""
+    return language.head_dim or language.hidden_size // language.num_heads
+
+
+def _check_positions(language: LanguageConfig) -> None:
+    """Rotary sections, windows and stretching must be of numbers that mean something together."""
+    sections, half = language.mrope_section, head_dim(language) // 2
+    if sections and (len(sections) != 3 or min(sections) < 0 or sum(sections) != half):
+        raise UserError(
+            f"model.language.mrope_section={sections} must be three numbers that sum to {half}, half of a head of "
+            f"{head_dim(language)}"
+        )
+    for name, value in (("window", language.window), ("global_every", language.global_every)):
+        if value is not None and value < 1:
+            raise UserError(f"model.language.{name}={value}: the smallest is 1; null turns it off")
+    for name, given in (("global_every", language.global_every), ("rope_local_base", language.rope_local_base)):
+        if given is not None and language.window is None:
+            raise UserError(f"model.language.{name}={given} is of layers with a window; set model.language.window")
+    scaling = language.rope_scaling
+    if scaling.factor < 1:
+        raise UserError(f"model.language.rope_scaling.factor={scaling.factor}: the smallest is 1")
+    if scaling.kind == "llama3" and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise UserError(
+            f"model.language.rope_scaling.low_freq_factor={scaling.low_freq_factor} must lie between 0 and "
+            f"high_freq_factor={scaling.high_freq_factor}"
+        )
 
 
 def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
-    """Every dimension that tensor parallelism cuts must be a multiple of it."""
+    """Every dimension that tensor parallelism cuts must be a multiple of it.
+
+    Fewer key/value heads than ranks are shared by several ranks each; then tensor must be a multiple of them.
+    """
+    language, kv_heads = model.language, model.language.num_kv_heads
     cut = {
-        "model.language.num_heads": model.language.num_heads,
-        "model.language.num_kv_heads": model.language.num_kv_heads,
-        "model.language.ffn_hidden_size": model.language.ffn_hidden_size,
-        "model.language.vocab_size": model.language.vocab_size,
+        "model.language.num_heads": language.num_heads,
+        "model.language.ffn_hidden_size": language.ffn_hidden_size,
+        "model.language.vocab_size": language.vocab_size,
         "model.vision.num_heads": model.vision.num_heads,
         "model.vision.ffn_hidden_size": model.vision.ffn_hidden_size,
     }
-    for key, size in cut.items():
-        if size % parallel.tensor:
-            fits = [str(n) for n in range(1, size + 1) if all(s % n == 0 for s in cut.values())]
-            raise UserError(
-                f"parallel.tensor={parallel.tensor} does not divide {key}={size}; "
-                f"this model takes parallel.tensor={' or '.join(fits)}"
-            )
+    # One matrix makes queries, keys and values; its rows are cut evenly even where ranks share a head.
+    qkv = (language.num_heads + 2 * kv_heads) * head_dim(language)
+
+    def shared(n: int) -> bool:
+        return kv_heads % n == 0 or (n % kv_heads == 0 and qkv % n == 0)
+
+    wrong = [f"does not divide {key}={size}" for key, size in cut.items() if size % parallel.tensor]
+    if not shared(parallel.tensor):
+        wrong.append(f"neither divides model.language.num_kv_heads={kv_heads} nor is a multiple of it that cuts evenly")
+    if wrong:
+        most = min(cut.values())
+        fits = [str(n) for n in range(1, most + 1) if shared(n) and all(s % n == 0 for s in cut.values())]
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} {wrong[0]}; this model takes parallel.tensor={' or '.join(fits)}"
+        )
 
 
 def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 import vlm_nemo
+from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.serve import errors, web
 from vlm_nemo.serve.chat import Service, answer_chat
 from vlm_nemo.serve.config import ServeConfig
@@ -80,7 +81,13 @@ def make_app(loop: EngineLoop, cfg: ServeConfig) -> FastAPI:
             "version": vlm_nemo.__version__,
             "modelInfo": [{"modelUrl": service.name, "shortName": service.name}],
             "model": {key: loop.model.info[key] for key in SHOWN if key in loop.model.info},
-            "image": {"size": spec.size, "tokens": spec.tokens, "aspect": spec.aspect},
+            "image": {
+                "size": spec.size,
+                "layout": spec.layout.kind,
+                "aspect": spec.layout.aspect,
+                # Of a view; one of an image's own shape has as many as that gives
+                "tokens": None if spec.layout.kind == "native" else view_tokens(spec, spec.grid),
+            },
             "limits": {
                 "images": cfg.max_images,
                 "image_bytes": cfg.max_image_bytes,

@@ -96,7 +96,7 @@ class Conversation:
         self._left = n = prepared.params.n
         self._closed = False
         self._ticket = self._loop.submit(
-            prepared.tokens, prepared.images, prepared.image_count, prepared.params, self._listen
+            prepared.tokens, prepared.images, prepared.positions, prepared.params, self._listen
         )
         self._timer.accepted(prompt_tokens=len(prepared.tokens), n=n, max_tokens=prepared.params.max_tokens)
 

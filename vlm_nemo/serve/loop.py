@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vlm_nemo.infer.engine import Event
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.serve.turns import Commands, Share, Turns, Work, alone
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 if TYPE_CHECKING:
     from vlm_nemo.infer.load import LoadedModel
@@ -142,8 +142,8 @@ class EngineLoop:
     def submit(
         self,
         tokens: tuple[int, ...],
-        images: NDArray[np.uint8] | None,
-        image_count: int,
+        images: Images[NDArray[Any]] | None,
+        positions: NDArray[np.int64] | None,
         params: SamplingParams,
         listener: Listener,
     ) -> int:
@@ -154,7 +154,7 @@ class EngineLoop:
             self._tickets += 1
             self._open[self._tickets] = _Open(listener=listener, left=params.n)
             self._inbox.append(
-                Work(ticket=self._tickets, tokens=tokens, images=images, image_count=image_count, params=params)
+                Work(ticket=self._tickets, tokens=tokens, images=images, positions=positions, params=params)
             )
             self._wake.notify()
             return self._tickets

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_nemo.data.chat import encode_prompt
+from vlm_nemo.data.chat import EncodedText, encode_prompt
 from vlm_nemo.data.header import MAX_PIXELS
-from vlm_nemo.data.image import decode_images
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.image import decode_images, plan_images
+from vlm_nemo.data.layout.plan import ImagePlan
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.sample import Message, SampleError
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.serve import schema
@@ -24,7 +25,7 @@ from vlm_nemo.serve.config import ServeConfig
 from vlm_nemo.serve.errors import bad_request, not_found
 from vlm_nemo.serve.images import ImageLimits, read_data_uri
 from vlm_nemo.serve.schema import ChatMessage, ChatRequest
-from vlm_nemo.types import IMAGE_MARKER
+from vlm_nemo.types import IMAGE_MARKER, Images
 
 if TYPE_CHECKING:
     from vlm_nemo.infer.load import LoadedModel
@@ -37,12 +38,15 @@ class Prepared:
     """A request that the engine can start on."""
 
     tokens: tuple[int, ...]
-    images: NDArray[np.uint8] | None
-    """[n, 3, S, S]"""
-    image_count: int
-    image_tokens: int
-    """How many of `tokens` are placeholders."""
+    images: Images[NDArray[Any]] | None
+    positions: NDArray[np.int64] | None
+    """Of M-RoPE, see `vlm_nemo.infer.request.Prompt`."""
     params: SamplingParams
+
+    @property
+    def image_tokens(self) -> int:
+        """How many of `tokens` are placeholders."""
+        return 0 if self.images is None else len(self.images.slots)
 
 
 def prepare(request: ChatRequest, model: LoadedModel, name: str, cfg: ServeConfig) -> Prepared:
@@ -58,22 +62,22 @@ def prepare(request: ChatRequest, model: LoadedModel, name: str, cfg: ServeConfi
             "text, which are more tokens than that. Please reduce the length of the messages.",
             "input_tokens",
         )
+    plans = _plans(files, model.spec)
     try:
-        tokens = encode_prompt(messages, model.tokenizer, model.template, [model.spec.tokens] * len(files))
+        text = encode_prompt(messages, model.tokenizer, model.template, plans)
     except SampleError as error:
         raise bad_request(error.detail, "messages") from None
     params = schema.sampling(
         request,
-        prompt_tokens=len(tokens),
+        prompt_tokens=len(text.tokens),
         context=context,
         choices=cfg.max_choices,
         logprobs=cfg.max_logprobs,
     )
     return Prepared(
-        tokens=tuple(tokens),
-        images=decode(files, model.spec),
-        image_count=len(files),
-        image_tokens=len(files) * model.spec.tokens,
+        tokens=tuple(text.tokens),
+        images=decode(files, text, model.spec),
+        positions=text.positions,
         params=params,
     )
 
@@ -124,11 +128,19 @@ def _content(message: ChatMessage, limits: ImageLimits) -> tuple[list[str], list
     return texts, files
 
 
-def decode(files: Sequence[bytes], spec: ImageSpec) -> NDArray[np.uint8] | None:
-    """[n, 3, S, S], or None without images. Raises APIError (400) for a file whose pixels are damaged."""
+def _plans(files: Sequence[bytes], spec: ImageSpec) -> list[ImagePlan]:
+    """Raises APIError (400) for a file whose header is damaged."""
+    try:
+        return plan_images(files, spec)
+    except SampleError as error:
+        raise bad_request(f"Failed to load image: {error.detail}", "image_url") from None
+
+
+def decode(files: Sequence[bytes], text: EncodedText, spec: ImageSpec) -> Images[NDArray[Any]] | None:
+    """None without images. Raises APIError (400) for a file whose pixels are damaged."""
     if not files:
         return None
     try:
-        return decode_images(files, spec)
+        return decode_images(files, text, spec)
     except SampleError as error:
         raise bad_request(f"Failed to load image: {error.detail}", "image_url") from None

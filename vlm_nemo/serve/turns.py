@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_nemo.infer.engine import Engine, Event, Prompt
 from vlm_nemo.infer.sampling import SamplingParams
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,9 @@ class Work:
 
     ticket: int
     tokens: tuple[int, ...]
-    images: NDArray[np.uint8] | None
-    """[n, 3, S, S]"""
-    image_count: int
+    images: Images[NDArray[Any]] | None
+    positions: NDArray[np.int64] | None
+    """Of M-RoPE, see `Prompt`."""
     params: SamplingParams
 
 
@@ -72,7 +73,8 @@ class Turns:
         self._tickets = {number: known for number, known in self._tickets.items() if known != ticket}
 
     def _add(self, work: Work) -> Event | None:
-        prompt = Prompt(tokens=work.tokens, images=lambda: work.images, image_count=work.image_count)
+        count = 0 if work.images is None else work.images.count
+        prompt = Prompt(tokens=work.tokens, images=lambda: work.images, image_count=count, positions=work.positions)
         try:
             self._tickets[self.engine.add(prompt, work.params)] = work.ticket
         except UserError as error:

@@ -54,11 +54,11 @@ def step_flops(
 
     backward_through = any(trained.values())
     passes = 1 + backward_through + trained["language"]
-    language = 2 * lang.num_layers * decoder_layer(lang) * sum(lengths) * passes
+    language = float(2 * lang.num_layers * decoder_layer(lang) * sum(lengths) * passes)
     seen = sum(_seen(lang, i, n) for i in range(lang.num_layers) for n in lengths)
     language += 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
     head = 2 * lang.hidden_size * lang.vocab_size * supervised * passes
-    return Flops(vision=float(vision), projector=float(projector), language=float(language), head=float(head))
+    return Flops(vision=float(vision), projector=float(projector), language=language, head=float(head))
 
 
 def decoder_layer(lang: LanguageConfig) -> int:

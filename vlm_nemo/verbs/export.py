@@ -13,6 +13,7 @@ from torch import nn
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.export.config import ExportConfig
+from vlm_nemo.export.covered import check_covered
 from vlm_nemo.export.reference import TorchReference
 from vlm_nemo.export.write import Source, Wish, write_export
 from vlm_nemo.model.config import ModelConfig
@@ -24,8 +25,9 @@ from vlm_nemo.train import checkpoint
 from vlm_nemo.train.origin import check_vocabulary, checkpoint_config, model_config
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
+from vlm_nemo.weights.config import check_exportable, hf_config_of, model_config_of
+from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
-from vlm_nemo.weights.llava_config import check_exportable, hf_config_of, model_config_of
 from vlm_nemo.weights.preprocessing import preprocessor_config
 from vlm_nemo.weights.shards import write_json
 from vlm_nemo.weights.words import export_tokenizer, import_tokenizer, template_of
@@ -80,6 +82,7 @@ def _from_checkpoint(cfg: ExportConfig, precision: str) -> Source:
     checkpoint.check(folder, None, ("weights/", "tokenizer/", "config.yaml"))
     saved = checkpoint_config(folder)
     model = model_config(saved)
+    check_covered(model)
     check_exportable(model, PARTS)
     tokenizer, template = Tokenizer(folder / "tokenizer"), saved["data"]["template"]
 
@@ -104,18 +107,19 @@ def _from_hf(cfg: ExportConfig, precision: str, opened: ExitStack) -> Source:
     assert cfg.hf is not None
     folder = HFFolder(cfg.hf)
     if folder.parts != PARTS:
-        raise UserError(f"{cfg.hf} holds a {folder.architecture}; export takes a LlavaForConditionalGeneration")
+        raise UserError(f"{cfg.hf} holds a {folder.architecture}, one part; export takes a whole model")
     if cfg.template not in ("auto", *TEMPLATES):
         hint = did_you_mean(cfg.template, TEMPLATES) or f"; there are auto, {', '.join(TEMPLATES)}"
         raise UserError(f"template={cfg.template} is unknown{hint}")
     model = model_config_of(folder)
+    check_covered(model)
     words = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"
     import_tokenizer(folder.path, words)
     tokenizer = Tokenizer(words)
-    template = (template_of(folder.path) or "vicuna") if cfg.template == "auto" else cfg.template
+    template = (template_of(folder.path) or FAMILIES[model.family].template) if cfg.template == "auto" else cfg.template
 
     def tensors() -> Iterator[tuple[str, Any]]:
-        return ((name, folder.tensor(name)) for name in folder.names())
+        return folder.hub_tensors(model)
 
     def load(chunks: list[nn.Module]) -> None:
         load_hf_weights(folder, chunks)
@@ -143,5 +147,5 @@ def _write_words(out: Path, model: ModelConfig, tokenizer: Tokenizer, template: 
         out / "generation_config.json",
         {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    write_json(out / "preprocessor_config.json", preprocessor_config(model.vision))
-    export_tokenizer(tokenizer, out, TEMPLATES[template], "LlavaProcessor")
+    write_json(out / "preprocessor_config.json", preprocessor_config(model))
+    export_tokenizer(tokenizer, out, TEMPLATES[template], FAMILIES[model.family].processor)

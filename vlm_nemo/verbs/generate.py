@@ -8,12 +8,12 @@ from pathlib import Path
 
 from vlm_nemo.config import GenerateRoot
 from vlm_nemo.data.chat import count_markers, encode_prompt
-from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.sample import Message
 from vlm_nemo.infer import replicas
 from vlm_nemo.infer.config import InferConfig
-from vlm_nemo.infer.engine import Prompt
+from vlm_nemo.infer.images import decode_items, plan_items
 from vlm_nemo.infer.load import open_model
+from vlm_nemo.infer.prompts import prompt_of
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.types import IMAGE_MARKER, UserError
 from vlm_nemo.verbs.common import set_up_logging
@@ -40,10 +40,9 @@ def generate(cfg: GenerateRoot) -> None:
         parallel=cfg.parallel,
         precision=cfg.precision,
     )
-    tokens = encode_prompt(messages, model.tokenizer, model.template, [model.spec.tokens] * len(images))
-    pictures = partial(decode_images, images, model.spec)
-    asked = Prompt(tokens=tokens, images=pictures, image_count=len(images))
-    room = max(1, model.engine.backend.capacity - len(tokens))
+    text = encode_prompt(messages, model.tokenizer, model.template, plan_items(images, model.spec))
+    asked = prompt_of(text, partial(decode_items, images, model.spec))
+    room = max(1, model.engine.backend.capacity - len(asked.tokens))
     (output,) = replicas.generate(model, [asked], sampling_of(cfg.infer, room))
     (answer,) = output.outputs
     if answer.finish_reason == "error":

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.weights.llava import POST_NORM
 
 ASPECTS = {
     "pad": "padded to a square with the mean colour, then resized",

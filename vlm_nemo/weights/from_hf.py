@@ -17,9 +17,10 @@ from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.train import checkpoint, tensors
 from vlm_nemo.train.tensors import UNUSED_FILE, UNUSED_KIND, Chunk, whole_chunk
 from vlm_nemo.types import UserError
-from vlm_nemo.weights import llava
+from vlm_nemo.weights.config import model_config_of
+from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.hf import HFFolder, joined
-from vlm_nemo.weights.llava_config import LLAVA_DEFAULTS, model_config_of
+from vlm_nemo.weights.names.languages import EMBEDDING, HEAD
 from vlm_nemo.weights.shards import cast, in_shards, new_folder
 from vlm_nemo.weights.words import import_tokenizer, rows_needed, template_of
 
@@ -30,7 +31,7 @@ def to_checkpoint(
     *,
     dtype: torch.dtype | None,
     max_bytes: int,
-    feature_layer: int,
+    feature_layer: int | None,
     template: str | None,
     say: Callable[[str], None],
 ) -> None:
@@ -43,7 +44,8 @@ def to_checkpoint(
     folders = [HFFolder(path) for path in paths]
     _check_parts(folders)
     cfg = model_config_of(*folders, feature_layer=feature_layer)
-    _check_tensors(folders, cfg)
+    for folder in folders:
+        folder.check(cfg)
     wordy = next((f for f in folders if "language" in f.parts), None)
     with new_folder(out) as draft:
         grown = cfg.language.vocab_size
@@ -54,7 +56,7 @@ def to_checkpoint(
             grown = rows_needed(tokenizer.vocab_size, cfg.language.vocab_size)
             if added or grown > cfg.language.vocab_size:
                 say(_growth(added, cfg.language.vocab_size, grown))
-        chosen = template or next((t for f in folders if (t := template_of(f.path))), None) or "vicuna"
+        chosen = template or next((t for f in folders if (t := template_of(f.path))), None) or _usual(folders)
         (draft / "weights").mkdir()
         for number, shard in enumerate(in_shards(_weights(folders, cfg, grown, dtype), max_bytes), 1):
             tensors.write(draft / "weights" / f"part_{number:05d}.safetensors", shard)
@@ -86,30 +88,17 @@ def _check_parts(folders: Sequence[HFFolder]) -> None:
             giver[part] = folder
 
 
-def _check_tensors(folders: Sequence[HFFolder], cfg: ModelConfig) -> None:
-    """That every tensor is there and known, before the first gigabyte is written."""
-    for folder in folders:
-        llava.unused_names(folder.names(), cfg)
-        for entry in llava.entries(cfg, folder.parts):
-            shapes = [folder.shape(name) for name in entry.hub]
-            if entry.ours in (llava.EMBEDDING, llava.HEAD) and shapes[0][0] != cfg.language.vocab_size:
-                raise UserError(
-                    f"{folder.path}/config.json: vocab_size={cfg.language.vocab_size}, but {entry.hub[0]} has "
-                    f"{shapes[0][0]} rows; they must be equal"
-                )
-
-
 def _check_image_token(folder: HFFolder, tokenizer: Tokenizer) -> None:
-    """Of a LLaVA: its placeholder must be the tokenizer's."""
-    if folder.family != "llava":
+    """Of a whole model: its placeholder must be the tokenizer's."""
+    if folder.family is None:
         return
-    config = {**LLAVA_DEFAULTS, **folder.config}
-    said = config.get("image_token_id", config["image_token_index"])
-    if said != tokenizer.image_id:
-        raise UserError(
-            f"{folder.path}/config.json: image_token_index={said}, but the tokenizer's <image> is "
-            f"{tokenizer.image_id}; they must be equal"
-        )
+    for key in ("image_token_id", "image_token_index"):
+        said = folder.config.get(key)
+        if said is not None and said != tokenizer.image_id:
+            raise UserError(
+                f"{folder.path}/config.json: {key}={said}, but the tokenizer's image token is "
+                f"{tokenizer.image_id}; they must be equal"
+            )
 
 
 def _growth(added: Sequence[str], rows: int, grown: int) -> str:
@@ -123,9 +112,9 @@ def _weights(
     folders: Sequence[HFFolder], cfg: ModelConfig, rows: int, dtype: torch.dtype | None
 ) -> Iterator[tuple[Chunk, Tensor]]:
     for folder in folders:
-        for entry in llava.entries(cfg, folder.parts):
+        for entry in folder.naming(cfg).entries(cfg, folder.parts):
             whole = joined(folder, entry)
-            if entry.ours in (llava.EMBEDDING, llava.HEAD):
+            if entry.ours in (EMBEDDING, HEAD):
                 whole = _grow(whole, rows)
             yield whole_chunk("weight", entry.ours, tuple(whole.shape)), cast(whole, dtype)
 
@@ -141,12 +130,18 @@ def _grow(table: Tensor, rows: int) -> Tensor:
 def _unused(folders: Sequence[HFFolder], cfg: ModelConfig) -> Iterator[tuple[Chunk, Tensor]]:
     """What our model has no place for, as it is."""
     for folder in folders:
-        for name in llava.unused_names(folder.names(), cfg):
-            tensor = folder.tensor(name)
-            yield whole_chunk(UNUSED_KIND, f"{llava.part_of(name)}.{name}", tuple(tensor.shape)), tensor
+        for part, name in folder.naming(cfg).leftovers(folder.names(), cfg)[0]:
+            tensor = folder.tensor((part, name))
+            yield whole_chunk(UNUSED_KIND, f"{part}.{name}", tuple(tensor.shape)), tensor
+
+
+def _usual(folders: Sequence[HFFolder]) -> str:
+    """The template of a family; LLaVA-1.5's where parts come alone."""
+    name = next((folder.family for folder in folders if folder.family), "llava")
+    return FAMILIES[name].template
 
 
 def _dtype(folders: Sequence[HFFolder]) -> str:
     """The type of the language model's weights, which are most of them; of the tower's where it stands alone."""
     main = max(folders, key=lambda folder: "language" in folder.parts)
-    return main.dtype(next(llava.entries(ModelConfig(), main.parts)).hub[0])
+    return main.dtype(next(name for name in main.names() if name[0] == main.parts[-1]))

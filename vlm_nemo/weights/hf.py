@@ -6,7 +6,8 @@ safetensors only, one file or several with an index; nothing pickled is ever ope
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +20,50 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.train import tensors
 from vlm_nemo.types import UserError
-from vlm_nemo.weights import llava
-from vlm_nemo.weights.llava_config import model_config_of
+from vlm_nemo.weights.config import model_config_of
+from vlm_nemo.weights.configs.languages import TIED
+from vlm_nemo.weights.families import (
+    ALONE,
+    FAMILIES,
+    MODEL_TYPES,
+    PREFIXES,
+    REMOTE,
+    Name,
+    Prefixes,
+    family_of,
+    left_out,
+    understood,
+)
+from vlm_nemo.weights.names.languages import EMBEDDING, EMBEDDING_NAME, HEAD_NAME
+from vlm_nemo.weights.names.projectors import PROJECTORS
+from vlm_nemo.weights.names.rows import Entry
+from vlm_nemo.weights.names.towers import TOWERS
+from vlm_nemo.weights.shapes import expected_shapes
 from vlm_nemo.weights.shards import INDEX, SINGLE
-
-FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "LlavaForConditionalGeneration": ("llava", PARTS),
-    "CLIPModel": ("clip", ("vision",)),
-    "CLIPVisionModel": ("clip", ("vision",)),
-    "CLIPVisionModelWithProjection": ("clip", ("vision",)),
-    "LlamaForCausalLM": ("llama", ("language",)),
-}
-"""Architecture, as config.json names it -> its family of names and the parts of ours that it gives."""
-
-MODEL_TYPES = {
-    "llava": "LlavaForConditionalGeneration",
-    "clip": "CLIPModel",
-    "clip_vision_model": "CLIPVisionModel",
-    "llama": "LlamaForCausalLM",
-}
-"""For a config.json that names no architecture."""
+from vlm_nemo.weights.tables import (
+    Naming,
+    exported_vision,
+    listed,
+    naming_of,
+    naming_of_class,
+    naming_of_part,
+)
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class HFFolder:
-    """A model saved by `save_pretrained`, or downloaded from the hub; tensors go by their hub names."""
+    """A model saved by `save_pretrained`, or downloaded from the hub; a tensor goes by (its part, its name there)."""
 
     path: Path
     config: dict[str, Any]
     """config.json"""
-    family: str
-    """llava | clip | llama"""
+    architecture: str
+    """Its class, as Hugging Face names it."""
+    family: str | None
+    """Name in `families.FAMILIES`; None for a part alone."""
+    remote: bool
+    """Whether it is spelled as other people's own code has it."""
     parts: tuple[str, ...]
     """The parts of our model that it gives."""
 
@@ -61,56 +74,110 @@ class HFFolder:
         self.architecture = (self.config.get("architectures") or [None])[0] or MODEL_TYPES.get(
             self.config.get("model_type", ""), str(self.config.get("model_type"))
         )
-        if self.architecture not in FAMILIES:
-            raise UserError(f"{self.path} holds a {self.architecture}; convert reads {', '.join(FAMILIES)}")
-        self.family, self.parts = FAMILIES[self.architecture]
-        self._where: dict[str, tuple[Any, str]] = {}  # hub name -> (open file, the name in it)
-        for file, names in self._files():
-            for name in names:
-                hub = llava.hub_name(name, self.family)
-                if hub is None:
+        self.remote = self.architecture in REMOTE
+        self.family = REMOTE.get(self.architecture) or family_of(self.architecture)
+        if self.family is None and self.architecture not in ALONE:
+            known = [*(family.architecture for family in FAMILIES.values()), *ALONE]
+            raise UserError(f"{self.path} holds a {self.architecture}; convert reads {', '.join(known)}")
+        self.parts = (ALONE[self.architecture].part,) if self.family is None else PARTS
+        self._where: dict[Name, tuple[Any, str]] = {}  # -> (open file, the key in it)
+        prefixes, strange = self._prefixes(), []
+        for file, keys in self._files():
+            for key in keys:
+                if self.family is None and left_out(ALONE[self.architecture], key):
                     continue
-                if llava.part_of(hub) not in self.parts or hub in self._where:
-                    raise UserError(
-                        f"{self.path}: tensor {name} has no place in a {self.architecture}, or has it twice"
-                    )
-                self._where[hub] = (file, name)
+                name = understood(prefixes, key)
+                if name is None or name in self._where:
+                    strange.append(key)
+                else:
+                    self._where[name] = (file, key)
+        if strange:
+            raise UserError(
+                f"{self.path}: {_tensors(strange)} no place in a {self.architecture}, or twice the same"
+            )
 
-    def names(self) -> list[str]:
-        """Hub names of the tensors, sorted."""
+    def naming(self, cfg: ModelConfig) -> Naming:
+        """How its tensors are named. cfg: what `model_config_of` made of it."""
+        if self.family is None:
+            return naming_of_class(self.architecture)
+        naming = naming_of(cfg)
+        if not self.remote:
+            return naming
+        tables = {"vision": TOWERS["internvit_remote"], "projector": PROJECTORS["internvl_remote"]}
+        return replace(naming, tables={**naming.tables, **tables}, prefixes=self._prefixes())
+
+    def _prefixes(self) -> Prefixes:
+        if self.family is None:
+            return ALONE[self.architecture].prefixes
+        return PREFIXES["internvl_remote"] if self.remote else FAMILIES[self.family].prefixes
+
+    def names(self) -> list[Name]:
+        """Of the tensors, sorted."""
         return sorted(self._where)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: Name) -> Tensor:
         """One tensor, read now. Raises UserError naming it if it is not there."""
         file, key = self._find(name)
         return file.get_tensor(key)
 
-    def dtype(self, name: str) -> str:
+    def hub_tensors(self, cfg: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """All tensors under hub names, one at a time. cfg: what `model_config_of` made of the folder."""
+        naming = naming_of(cfg)
+        return ((naming.spelled(*name), self.tensor(name)) for name in self.names())
+
+    def dtype(self, name: Name) -> str:
         """Type of a tensor, as torch spells it, without reading the tensor."""
         file, key = self._find(name)
         return DTYPES.get(file.get_slice(key).get_dtype(), "other")
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: Name) -> tuple[int, ...]:
         """Its shape, without reading it."""
         file, key = self._find(name)
         return tuple(file.get_slice(key).get_shape())
 
     def tied(self) -> bool:
         """Whether embedding and head are one tensor. Raises UserError where config.json and the tensors disagree."""
-        text = self.config.get("text_config") or {}
-        says = bool(self.config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False))
-        if not says or llava.HUB_HEAD not in self._where:
+        text = self.config.get("text_config") or self.config.get("llm_config") or {}
+        said = [c["tie_word_embeddings"] for c in (self.config, text) if c.get("tie_word_embeddings") is not None]
+        silent = FAMILIES[self.family].tied if self.family else ALONE[self.architecture].kind in TIED
+        # A family that ties where config.json's top does not say: then the tensors do
+        open_question = silent and self.config.get("tie_word_embeddings") is None
+        says = silent if open_question else any(said)
+        head, embedding = ("language", HEAD_NAME), ("language", EMBEDDING_NAME)
+        if not says or head not in self._where:
             return says
-        if torch.equal(self.tensor(llava.HUB_HEAD), self.tensor("language_model.model.embed_tokens.weight")):
+        if torch.equal(self.tensor(head), self.tensor(embedding)):
             return True
+        if open_question:
+            return False
         raise UserError(
             f"{self.path}/config.json: tie_word_embeddings=True, but its lm_head differs from its embedding; "
             "set it to false, or remove lm_head"
         )
 
-    def _find(self, name: str) -> tuple[Any, str]:
+    def check(self, cfg: ModelConfig) -> None:
+        """That every tensor of the model is there, in its shape, and that no other is. One error that lists them."""
+        naming = self.naming(cfg)
+        wanted = {
+            (entry.part, name): entry for entry in naming.entries(cfg, self.parts) for name in entry.theirs
+        }
+        missing = [naming.spelled(*name) for name in wanted if name not in self._where]
+        strange = [self._where[name][1] for name in naming.leftovers(self.names(), cfg)[1]]
+        faults = []
+        if missing:
+            faults.append(f"it lacks {_tensors(missing)}")
+        if strange:
+            faults.append(f"it has {_tensors(strange)} that a {self.architecture} of this configuration has not")
+        if not faults:
+            wrong = [w for entry in naming.entries(cfg, self.parts) for w in _misshapen(self, entry, cfg, naming)]
+            if wrong:
+                faults.append(f"tensors of other shapes than its config.json says: {listed(wrong)}")
+        if faults:
+            raise UserError(f"{self.path}: {'; '.join(faults)}")
+
+    def _find(self, name: Name) -> tuple[Any, str]:
         if name not in self._where:
-            raise UserError(f"{self.path} has no tensor {name}, which its config.json asks for")
+            raise UserError(f"{self.path} has no tensor {name[1]} of the {name[0]}, which its config.json asks for")
         return self._where[name]
 
     def _files(self) -> Iterator[tuple[Any, list[str]]]:
@@ -168,26 +235,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def joined(folder: HFFolder, entry: llava.Entry) -> Tensor:
-    """One of our global tensors, from the folder's."""
-    return entry.transform.join([folder.tensor(name) for name in entry.hub], entry.sizes)
+def joined(folder: HFFolder, entry: Entry) -> Tensor:
+    """One of our global tensors, from the folder's. Raises UserError where they cannot be one."""
+    try:
+        return entry.transform.join([folder.tensor((entry.part, name)) for name in entry.theirs], entry.sizes)
+    except ValueError as why:
+        raise UserError(f"{folder.path}: {', '.join(entry.theirs)}: {why}") from None
 
 
 def load_hf_weights(folder: HFFolder, chunks: Sequence[nn.Module]) -> None:
     """Fill a built model of any layout, a tensor at a time. Must run inside `device.adapter()`.
 
-    Raises UserError naming a tensor that is missing or of another shape.
+    Raises UserError naming the tensors that are missing or of another shape.
     """
-    table = {entry.ours: entry for entry in llava.entries(model_config_of(folder), folder.parts)}
+    cfg = model_config_of(folder)
+    table = {entry.ours: entry for entry in folder.naming(cfg).entries(cfg, folder.parts)}
+    parameters = local_parameters(chunks)
+    wanted = {local.boxes[0].key for local in parameters}  # all boxes of a parameter are of one tensor
+    if unnamed := wanted - set(table):
+        lacking = sorted(set(PARTS) - set(folder.parts))
+        raise UserError(
+            f"{folder.path} has no weights of the model's {listed(unnamed)}"
+            + (f": a {folder.architecture} has no {' and no '.join(lacking)}" if lacking else "")
+        )
     with torch.no_grad():
-        for local in local_parameters(chunks):
-            key = local.boxes[0].key  # all boxes of a parameter are of one tensor
-            if key not in table:
-                lacking = sorted(set(PARTS) - set(folder.parts))
-                raise UserError(
-                    f"{folder.path} has no weights of the model's {key}"
-                    + (f": a {folder.architecture} has no {' and no '.join(lacking)}" if lacking else "")
-                )
+        for local in parameters:
+            key = local.boxes[0].key
             whole = joined(folder, table[key])
             for box, view in local.pieces(local.parameter.data):
                 if tuple(whole.shape) != box.global_shape:
@@ -197,31 +270,58 @@ def load_hf_weights(folder: HFFolder, chunks: Sequence[nn.Module]) -> None:
                 view.copy_(whole[box.slices])
 
 
-def hf_tensors(step_folder: Path, cfg: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors under hub names, one at a time: each part that it holds, idle tensors included.
+def hf_tensors(step_folder: Path, cfg: ModelConfig, part: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors under hub names, one at a time, idle tensors included.
 
-    cfg: the checkpoint's. The vision tower has the layers of `llava.exported_vision(cfg.vision, …)`.
-    Raises UserError naming a tensor that is not there or that LLaVA-1.5 has no name for.
+    cfg: the checkpoint's. part: vision or language alone, under the names of such a class; None = the whole model.
+    The vision tower has the layers of `tables.exported_vision`.
+    Raises UserError naming tensors that are not there or that the class has no name for.
     """
     reader = tensors.Reader(step_folder / "weights")
-    stored = reader.shapes("weight")
-    table = {entry.ours: entry for entry in llava.entries(cfg)}
-    if strange := sorted(set(stored) - set(table)):
-        raise UserError(f"{step_folder}: tensor {strange[0]} has no name in Hugging Face's LLaVA-1.5")
-    parts = reader.parts()
+    naming = naming_of(cfg) if part is None else naming_of_part(cfg, part)[1]
+    parts = reader.parts() & set(PARTS if part is None else (part,))
+    stored = {key for key in reader.shapes("weight") if key.split(".", 1)[0] in parts}
+    table = {entry.ours: entry for entry in naming.entries(cfg, parts)}
+    if strange := stored - set(table):
+        raise UserError(f"{step_folder}: no class of Hugging Face's that fits has a name for {listed(strange)}")
     for entry in table.values():
-        if entry.part in parts:
-            whole = reader.whole("weight", entry.ours)
-            yield from zip(entry.hub, entry.transform.split(whole, entry.sizes), strict=True)
-    kept = {key.partition(".")[2]: key for key in reader.shapes(tensors.UNUSED_KIND)}
-    whole_tower = llava.exported_vision(cfg, kept) == cfg.vision
+        whole = reader.whole("weight", entry.ours)
+        for name, tensor in zip(entry.theirs, entry.transform.split(whole, entry.sizes), strict=True):
+            yield naming.spelled(entry.part, name), tensor
+    kept = kept_names(reader, parts)
+    whole_tower = exported_vision(naming, cfg, kept) == cfg.vision
     for name, key in kept.items():
-        if name == llava.HUB_HEAD:  # a second copy of tied embeddings: as they are now, not as they came
-            yield name, reader.whole("weight", llava.EMBEDDING)
-        elif whole_tower or name not in llava.idle_layers(cfg):
-            yield name, reader.whole(tensors.UNUSED_KIND, key)
-    if "vision" in parts and f"{llava.POST_NORM}.weight" not in kept:
-        # A tower that was trained here has none; CLIP's class wants one, and LLaVA never asks for its output
-        like = reader.whole("weight", "vision.pre_norm.weight")
-        yield f"{llava.POST_NORM}.weight", torch.ones_like(like)
-        yield f"{llava.POST_NORM}.bias", torch.zeros_like(like)
+        if name == ("language", HEAD_NAME):  # a second copy of tied embeddings: as they are now, not as they came
+            yield naming.spelled(*name), reader.whole("weight", EMBEDDING)
+        elif whole_tower or name not in naming.idle_layers(cfg):
+            yield naming.spelled(*name), reader.whole(tensors.UNUSED_KIND, key)
+    if "vision" in parts and naming.tables["vision"].when_stood_in(cfg.vision):
+        for stand_in in naming.tables["vision"].stand_ins:
+            if ("vision", stand_in.theirs) not in kept:
+                like = reader.whole("weight", stand_in.like)
+                yield naming.spelled("vision", stand_in.theirs), torch.full_like(like, stand_in.value)
+
+
+def kept_names(reader: tensors.Reader, parts: Collection[str] = PARTS) -> dict[Name, str]:
+    """What a checkpoint keeps of the model that it came from, beside the weights: name -> key."""
+    found = {}
+    for key in reader.shapes(tensors.UNUSED_KIND):
+        part, _, name = key.partition(".")
+        if part in parts:
+            found[part, name] = key
+    return found
+
+
+def _misshapen(folder: HFFolder, entry: Entry, cfg: ModelConfig, naming: Naming) -> list[str]:
+    """What is wrong with the shapes of the tensors of an entry."""
+    wanted = zip(entry.theirs, expected_shapes(entry, cfg), strict=True)
+    found = [(name, folder.shape((entry.part, name)), should) for name, should in wanted]
+    return [
+        f"{naming.spelled(entry.part, name)} {list(has)} instead of {list(should)}"
+        for name, has, should in found
+        if has != should
+    ]
+
+
+def _tensors(keys: Sequence[str]) -> str:
+    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} ({listed(keys)})"

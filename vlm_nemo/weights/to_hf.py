@@ -15,16 +15,14 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.train import checkpoint, tensors
 from vlm_nemo.types import UserError
-from vlm_nemo.weights import card, llava
-from vlm_nemo.weights.hf import hf_tensors
-from vlm_nemo.weights.llava_config import check_exportable, hf_config_of
+from vlm_nemo.weights import card
+from vlm_nemo.weights.config import check_exportable, hf_config_of
+from vlm_nemo.weights.families import FAMILIES
+from vlm_nemo.weights.hf import hf_tensors, kept_names
 from vlm_nemo.weights.preprocessing import preprocessor_config, processor_config
 from vlm_nemo.weights.shards import cast, new_folder, write_hf, write_json
+from vlm_nemo.weights.tables import exported_vision, naming_of, naming_of_part
 from vlm_nemo.weights.words import export_tokenizer
-
-PREFIXES = {"vision": "vision_tower.", "language": "language_model."}
-"""What a hub name loses where a part stands alone."""
-
 
 def to_folder(
     step_folder: Path,
@@ -39,34 +37,35 @@ def to_folder(
 ) -> None:
     """Write `out` from a checkpoint of configuration `cfg`; part: vision or language alone, None = the whole model.
 
-    Raises UserError for a damaged checkpoint, a part that it lacks, a model that LLaVA-1.5's classes cannot express.
+    Raises UserError for a damaged checkpoint, a part that it lacks, a model that its family's class cannot express.
     """
     checkpoint.check(step_folder, None, ("weights/", "tokenizer/", "config.yaml"))
     reader = tensors.Reader(step_folder / "weights")
     wanted = (part,) if part else PARTS
     if lacking := [p for p in wanted if p not in reader.parts()]:
-        there = " and ".join(f"part={p}" for p in PREFIXES if p in reader.parts())
+        there = " and ".join(f"part={p}" for p in ("vision", "language") if p in reader.parts())
         raise UserError(
             f"checkpoint {step_folder} has no {' and no '.join(lacking)}" + (f"; it can give {there}" if there else "")
         )
     check_exportable(cfg, wanted)
     tokenizer = Tokenizer(step_folder / "tokenizer") if "language" in wanted else None
-    kept = {key.partition(".")[2] for key in reader.shapes(tensors.UNUSED_KIND)}
-    shown = replace(cfg, vision=llava.exported_vision(cfg, kept))
+    kept = kept_names(reader)
+    naming = naming_of(cfg) if part is None else naming_of_part(cfg, part)[1]
+    shown = replace(cfg, vision=exported_vision(naming, cfg, kept)) if "vision" in wanted else cfg
     with new_folder(out) as draft:
         written = write_hf(draft, _tensors(step_folder, cfg, part, dtype), max_bytes)
         config = hf_config_of(shown, tokenizer, dtype=_main_type(written), part=part)
         write_json(draft / "config.json", config)
         if "vision" in wanted:
-            write_json(draft / "preprocessor_config.json", preprocessor_config(shown.vision))
+            write_json(draft / "preprocessor_config.json", preprocessor_config(shown, part))
         if part is None:
-            write_json(draft / "processor_config.json", processor_config(shown.vision))
+            write_json(draft / "processor_config.json", processor_config(shown))
         if tokenizer is not None:
-            processor = None if part else "LlavaProcessor"
+            processor = None if part else FAMILIES[cfg.family].processor
             export_tokenizer(tokenizer, draft, TEMPLATES[template], processor)
             ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             write_json(draft / "generation_config.json", ids)
-        tower_kept = any(name.startswith(PREFIXES["vision"]) for name in kept)
+        tower_kept = any(part == "vision" for part, _ in kept)
         text = card.model_card(shown, written, config, template, part=part, source=str(step_folder), kept=tower_kept)
         (draft / "README.md").write_text(text, encoding="utf-8")
     count = sum(tensor.numel() for tensor in written.values())
@@ -77,11 +76,8 @@ def to_folder(
 def _tensors(
     step_folder: Path, cfg: ModelConfig, part: str | None, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in hf_tensors(step_folder, cfg):
-        if part is None:
-            yield name, cast(tensor, dtype)
-        elif llava.part_of(name) == part:
-            yield name.removeprefix(PREFIXES[part]), cast(tensor, dtype)
+    for name, tensor in hf_tensors(step_folder, cfg, part):
+        yield name, cast(tensor, dtype)
 
 
 def _main_type(written: dict[str, Tensor]) -> str:

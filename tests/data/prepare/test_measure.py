@@ -12,7 +12,8 @@ import pytest
 
 from tests.data.raw_data import SPEC, good_rows, picture, write_img2dataset, write_llava, write_manifest
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
-from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.data.config import LayoutConfig, PrepareConfig
+from vlm_nemo.data.layout.plan import plain
 from vlm_nemo.data.lengths import lengths_path
 from vlm_nemo.data.prepare.convert import sha256
 from vlm_nemo.data.prepare.measure import fingerprint_of, mixed_lengths, sample_lengths
@@ -41,16 +42,16 @@ def test_lengths_are_those_of_the_conversations(raw: Path, capsys: pytest.Captur
     said = capsys.readouterr().err
     assert "instruct: with 4 tokens an image, capacity 4096 fills to" in said and "all sources: with" in said
     tokenizer = Tokenizer(raw / "out" / "tokenizer")
-    fingerprint = fingerprint_of(str(raw / "out" / "tokenizer"), "short")
+    fingerprint = fingerprint_of(str(raw / "out" / "tokenizer"), "short", LayoutConfig())
     for name in ("captions", "instruct"):
         folder = open_folder(str(raw / "out" / name))
         counted = folder.text_tokens(fingerprint)
         assert counted is not None
         for number in range(len(folder)):
             record = folder.record(number)
-            images = [0] * len(record.sizes)
+            images = [plain(0)] * len(record.sizes)
             assert counted[number] == len(
-                encode_conversation(record.messages, tokenizer, TEMPLATES["short"], images)[0]
+                encode_conversation(record.messages, tokenizer, TEMPLATES["short"], images).tokens
             )
         note = done[name]["lengths"][fingerprint]
         assert note["tokens"] == counted.sum() and note["template"] == "short"
@@ -134,7 +135,7 @@ def test_what_is_damaged_beside_a_shard_is_made_again(raw: Path, pattern: str, d
     assert found and prepare(asked) == before
     assert {path: path.read_bytes() for path in found} == found
     folder = open_folder(str(raw / "out" / "captions"))
-    assert folder.text_tokens(fingerprint_of(str(raw / "fixed"), "vicuna")) is not None
+    assert folder.text_tokens(fingerprint_of(str(raw / "fixed"), "vicuna", LayoutConfig())) is not None
     assert [folder.sizes(i) for i in range(len(folder))] == [folder.record(i).sizes for i in range(len(folder))]
 
 

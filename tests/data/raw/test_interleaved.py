@@ -13,6 +13,7 @@ from tests.data.raw.test_tables import write_table
 from tests.data.raw_data import picture, write_img2dataset
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
 from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.data.layout.plan import plain
 from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.raw.kinds import KINDS
 from vlm_nemo.data.raw.unit import RawDrop, RawSample
@@ -53,10 +54,10 @@ def test_images_stand_where_they_stood(tmp_path: Path, tokenizer: Tokenizer) -> 
     text = "A cat.\n\nIt sleeps.\n<image>\nA dog:\n<image>\n<image>"
     assert messages == [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
 
-    tokens, labels = encode_conversation(messages, tokenizer, TEMPLATES["plain"], [2, 3, 4])
-    supervised = [label for label in labels if label != IGNORE_INDEX]
+    found = encode_conversation(messages, tokenizer, TEMPLATES["plain"], [plain(n) for n in (2, 3, 4)])
+    supervised = [label for label in found.labels if label != IGNORE_INDEX]
     assert tokenizer.decode(supervised) == text.replace("<image>", "") and supervised[-1] == tokenizer.eos_id
-    ignored = [token for token, label in zip(tokens, labels, strict=True) if label == IGNORE_INDEX]
+    ignored = [token for token, label in zip(found.tokens, found.labels, strict=True) if label == IGNORE_INDEX]
     assert ignored == [tokenizer.bos_id] + [tokenizer.image_id] * 9
 
     (sample,) = read(tmp_path, "docs.parquet", images="pictures")

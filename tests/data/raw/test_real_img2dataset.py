@@ -13,7 +13,7 @@ from tests import runs
 from tests.data.raw.web import fetch, web
 from tests.data.raw_data import SPEC, picture
 from vlm_nemo.data.config import PrepareConfig
-from vlm_nemo.data.image import decode_images
+from vlm_nemo.data.image import decode_image
 from vlm_nemo.data.prepare.run import prepare
 from vlm_nemo.data.raw.img2dataset import list_downloads
 from vlm_nemo.data.raw.unit import RawSample
@@ -87,7 +87,7 @@ def test_every_address_is_accounted_for(fetched: Path, tmp_path: Path, layout: s
         if name.endswith(".jpg") and name != "large.jpg":
             assert data == FILES[name]  # skip_reencode: the bytes of the web
         try:
-            assert decode_images([data], SPEC).shape == (1, 3, SPEC.size, SPEC.size)
+            assert decode_image(data, SPEC)[0].shape == (4, 3 * 16 * 16)
         except SampleError as error:
             unused.append((name, error.reason))
     assert len(folder) == ARRIVED - 2 and unused == [("holed.jpg", BROKEN_IMAGE)]

@@ -114,7 +114,8 @@ def batches(cfg: DataConfig, tokenizer: Tokenizer) -> list[tuple[list[list[int]]
         loader.close()
     assert not any(step.planned_drops or step.local_drops for step in steps)
     return [
-        (step.keys, [b.tokens.numpy().tobytes() + b.images.numpy().tobytes() for b in step.batches]) for step in steps
+        (step.keys, [b.tokens.numpy().tobytes() + b.images.patches.numpy().tobytes() for b in step.batches])
+        for step in steps
     ]
 
 

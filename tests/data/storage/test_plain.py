@@ -16,7 +16,7 @@ from tests.data.http_server import serve_folder
 from tests.data.raw_data import SPEC, add_member, picture, write_img2dataset
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.config import StoreConfig
-from vlm_nemo.data.layout import count_tokens
+from vlm_nemo.data.layout.images import count_tokens
 from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, EMPTY_CAPTION, IMAGE_SIZE, MISSING_IMAGE, SampleError
 from vlm_nemo.data.storage.cache import Cache
 from vlm_nemo.data.storage.folders import Folder, open_folder

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_nemo.data.config import PrepareConfig
-from vlm_nemo.data.layout import ImageSpec
+from vlm_nemo.data.layout.images import TYPICAL, count_tokens, tokens_said
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.prepare.advice import Advice, advise, pack_fill, percent
 from vlm_nemo.data.prepare.convert import EXAMPLES
 from vlm_nemo.data.prepare.duplicates import Copies, count_copies
@@ -142,7 +143,8 @@ def _content(
         "images_in_two_sources": [{"sources": list(pair), "images": n} for pair, n in sorted(copies.across.items())],
         "copies_estimated_from_one_in": copies.thinned,
         "lengths": fingerprint,
-        "tokens_an_image": spec.tokens,
+        "tokens_an_image": count_tokens(spec, TYPICAL),
+        "tokens_said": tokens_said(spec),
         "tokens": {name: percentiles(values) | {"mean": float(values.mean())} for name, values in lengths.items()},
         "fill": {name: {str(c): round(fill, 5) for c, fill in row.items()} for name, row in fills.items()},
         "advice": {name: str(one) for name, one in advice.items()},
@@ -189,7 +191,7 @@ def _print(
         for what, key in (("shorter side, px", "shorter_side"), ("aspect", "aspect"), ("words", "words")):
             rows.append((name, what, *_points(entry[key])))
         if name in content["tokens"]:
-            rows.append((name, f"tokens, {content['tokens_an_image']} an image", *_points(content["tokens"][name])))
+            rows.append((name, content["tokens_said"], *_points(content["tokens"][name])))
         for fact, summary in entry["facts"].items():
             if "percentiles" in summary:
                 rows.append((name, fact, *_points(summary["percentiles"])))

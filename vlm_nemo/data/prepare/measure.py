@@ -15,8 +15,10 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from vlm_nemo.data.chat import TEMPLATES
-from vlm_nemo.data.layout import ImageSpec, count_tokens
+from vlm_nemo.data.chat import TEMPLATES, check_names
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.images import count_tokens
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.lengths import COLUMN, fingerprint, lengths_path, measure, reason_of, write_lengths
 from vlm_nemo.data.prepare.convert import sha256
 from vlm_nemo.data.prepare.pool import Pool
@@ -41,6 +43,7 @@ class LengthsTask:
     tokenizer: str
     """Folder."""
     template: str
+    layout: LayoutConfig
     fingerprint: str
     before: dict[str, Any] | None
     """What an earlier run noted for this shard and fingerprint."""
@@ -52,9 +55,12 @@ def check_template(name: str) -> None:
         raise UserError(f"template={name} is unknown; choose one of {', '.join(TEMPLATES)}")
 
 
-def fingerprint_of(folder: str, template: str) -> str:
-    """The fingerprint of a tokenizer and a template. Raises UserError if there is no such tokenizer."""
-    return fingerprint(_tokenizer(folder), TEMPLATES[template])
+def fingerprint_of(folder: str, template: str, layout: LayoutConfig) -> str:
+    """The fingerprint of a tokenizer, a template and a layout. Raises UserError if there is no such tokenizer, or if it
+    lacks a special token of the others."""
+    tokenizer = _tokenizer(folder)
+    check_names(TEMPLATES[template], layout, tokenizer)
+    return fingerprint(tokenizer, TEMPLATES[template], layout)
 
 
 def measure_shard(task: LengthsTask) -> tuple[int, dict[str, Any]]:
@@ -65,7 +71,7 @@ def measure_shard(task: LengthsTask) -> tuple[int, dict[str, Any]]:
     path = lengths_path(task.tar, task.fingerprint)
     if task.before is not None and path.is_file() and sha256(path) == task.before.get("sha256"):
         return task.number, {**task.before, "reused": True}
-    lengths = measure(_records(task.tar), _tokenizer(task.tokenizer), TEMPLATES[task.template])
+    lengths = measure(_records(task.tar), _tokenizer(task.tokenizer), TEMPLATES[task.template], task.layout)
     if len(lengths) != task.records:
         raise UserError(f"shard {task.tar} holds {len(lengths)} records, not {task.records}; prepare it again")
     write_lengths(path, lengths)
@@ -89,10 +95,18 @@ def _tokenizer(folder: str) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def measure_source(out: Path, manifest: Manifest, tokenizer: str, template: str, pool: Pool, console: Console) -> None:
+def measure_source(
+    out: Path,
+    manifest: Manifest,
+    tokenizer: str,
+    template: str,
+    layout: LayoutConfig,
+    pool: Pool,
+    console: Console,
+) -> None:
     """Measure every shard of a source and note it in its manifest; what was measured before is kept."""
     started = time.monotonic()
-    fingerprint = fingerprint_of(tokenizer, template)
+    fingerprint = fingerprint_of(tokenizer, template, layout)
     shards = [shard for shard in manifest["shards"] if shard["records"]]
     tasks = [
         LengthsTask(
@@ -101,6 +115,7 @@ def measure_source(out: Path, manifest: Manifest, tokenizer: str, template: str,
             records=shard["records"],
             tokenizer=tokenizer,
             template=template,
+            layout=layout,
             fingerprint=fingerprint,
             before=shard.get("lengths", {}).get(fingerprint),
         )
@@ -150,7 +165,7 @@ def sample_lengths(folder: Path, manifest: dict[str, Any], fingerprint: str, spe
 
 
 def image_tokens(tar: Path, spec: ImageSpec) -> np.ndarray:
-    """[records] int64: placeholders of all images of each record of a shard."""
+    """[records] int64: tokens that stand for all images of each record of a shard."""
     with safe_open(index_path(tar), framework="np") as index:
         start, width, height = (index.get_tensor(f"image_{name}") for name in ("start", "width", "height"))
     sizes = zip(width.tolist(), height.tolist(), strict=True)

@@ -16,7 +16,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from vlm_nemo.data.config import PrepareConfig
-from vlm_nemo.data.layout import ImageSpec, image_spec
+from vlm_nemo.data.layout.images import tokens_said
+from vlm_nemo.data.layout.spec import ImageSpec, image_spec
 from vlm_nemo.data.ledger import Ledger, check_budget
 from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.prepare.lock import FULL, folder_lock
@@ -45,7 +46,14 @@ def prepare(cfg: PrepareConfig) -> dict[str, Manifest]:
     """
     _check(cfg)
     sources = read_manifest(Path(cfg.manifest), cfg.root)
-    spec = image_spec(cfg.image_size, cfg.patch_size, False, "pad", (0.5, 0.5, 0.5))
+    spec = image_spec(
+        cfg.layout,
+        size=cfg.image_size,
+        patch=cfg.patch_size,
+        reduce=cfg.reduce,
+        factor=cfg.factor,
+        queries=cfg.queries,
+    )
     out = Path(cfg.out)
     console = Console(stderr=True, markup=False, emoji=False)
     with ExitStack() as stack:
@@ -60,9 +68,9 @@ def prepare(cfg: PrepareConfig) -> dict[str, Manifest]:
             tokenizer = str(out / TOKENIZER)
         fingerprint = None
         if tokenizer:
-            fingerprint = fingerprint_of(tokenizer, cfg.template)
+            fingerprint = fingerprint_of(tokenizer, cfg.template, cfg.layout)
             for name, manifest in manifests.items():
-                measure_source(out / name, manifest, tokenizer, cfg.template, pool, console)
+                measure_source(out / name, manifest, tokenizer, cfg.template, cfg.layout, pool, console)
         trained_on = {source.name: manifests[source.name] for source in sources if not source.held_out} or manifests
         if fingerprint and not cfg.audit:
             _advise(out, trained_on, fingerprint, spec, cfg.capacity, console)
@@ -85,7 +93,7 @@ def _check(cfg: PrepareConfig) -> None:
         )
     check_template(cfg.template)
     if cfg.tokenizer:
-        fingerprint_of(cfg.tokenizer, cfg.template)
+        fingerprint_of(cfg.tokenizer, cfg.template, cfg.layout)
 
 
 @contextmanager
@@ -167,7 +175,7 @@ def _advise(
     for name, values in lengths.items():
         if len(values):
             console.print(
-                f"{name}: with {spec.tokens} tokens an image, {advise(values, capacity)}",
+                f"{name}: with {tokens_said(spec)}, {advise(values, capacity)}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -1,0 +1,141 @@
+"""One layer of a vision tower: attention among the patches of a view or window, then an MLP, with every switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from vlm_nemo.model.attention import CoreAttention
+from vlm_nemo.model.config import VisionConfig
+from vlm_nemo.model.norm import Norm
+from vlm_nemo.model.segments import Segments
+from vlm_nemo.model.transformer import mlp_spec
+
+
+def tower_spec(cfg: VisionConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """Pre-norm layers: norm, attention, residual, norm, MLP, residual."""
+    layer = ModuleSpec(
+        module=TowerLayer,
+        params={"layer_scale": cfg.layer_scale is not None},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=TowerSelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask, "qkv_bias": cfg.qkv_bias, "qk_norm": cfg.qk_norm},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_spec()),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+
+
+class TowerLayer(TransformerLayer):
+    """megatron's layer with a learned factor a channel on what each half adds (LayerScale), where there is one."""
+
+    def __init__(self, config: TransformerConfig, *given: Any, layer_scale: bool, **more: Any) -> None:
+        super().__init__(config, *given, **more)
+        self.attention_scale = self.mlp_scale = None
+        if layer_scale:
+            self.attention_scale = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+            self.mlp_scale = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+
+    def forward(
+        self, hidden_states: Tensor, *, packed_seq_params: Segments, rotary_pos_emb: Tensor | None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """[N, 1, D] -> the same; the None is megatron's context."""
+        x = hidden_states
+        attended = self.self_attention(
+            self.input_layernorm(x),
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
+        x = x + _scaled(attended, self.attention_scale)
+        return x + _scaled(self.mlp(self.pre_mlp_layernorm(x)), self.mlp_scale), None
+
+
+def _scaled(output_and_bias: tuple[Tensor, Tensor | None], scale: Tensor | None) -> Tensor:
+    out, bias = output_and_bias
+    if bias is not None:
+        out = out + bias
+    return out if scale is None else out * scale
+
+
+class TowerSelfAttention(SelfAttention):
+    """megatron's, with a switch of its own for the bias of queries, keys and values, and norms over all heads."""
+
+    def __init__(
+        self, config: TransformerConfig, submodules: SelfAttentionSubmodules, *given: Any, **more: Any
+    ) -> None:
+        qkv_bias, qk_norm = more.pop("qkv_bias"), more.pop("qk_norm")
+        super().__init__(config, submodules, *given, **more)
+        if not qkv_bias:  # megatron's own switch can add this bias, but not leave it out alone
+            self.linear_qkv.register_parameter("bias", None)
+        self.q_norm = WideNorm(config) if qk_norm else None
+        self.k_norm = WideNorm(config) if qk_norm else None
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *given: Any, **more: Any) -> Any:
+        """[N, 1, D] -> query, key, value, [N, 1, heads, d] each."""
+        query, key, value = super().get_query_key_value_tensors(hidden_states, *given, **more)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = self.q_norm(query.flatten(2)).view_as(query)
+            key = self.k_norm(key.flatten(2)).view_as(key)
+        return query, key, value
+
+
+class WideNorm(nn.Module):
+    """RMSNorm over the width of all heads, of which this tensor rank has some. x: [..., D/T] -> [..., D/T]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps, self.width = config.layernorm_epsilon, config.hidden_size
+        local = config.hidden_size // config.tensor_model_parallel_size
+        self.weight = nn.Parameter(torch.ones(local, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = wide.square().sum(-1, keepdim=True)
+        # Summed over the ranks going forward; each rank's use of the sum sends gradient to all ranks going back.
+        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+        return (wide * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype) * self.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """The weight is split over the tensor group, as the heads are."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )

@@ -1,0 +1,279 @@
+"""The decoders of config.json, both ways: in transformers 4's spelling, which the hub has and transformers 5 reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vlm_nemo.model.config import LanguageConfig, RopeScaling
+from vlm_nemo.weights.configs.forms import Field, Form, activation, demand, misfits, read_form, refuse, write_form
+
+_ROPE = frozenset({"rope_base", "rope_scaling"})
+_FREE = frozenset({"vocab_size", "head_dim", "num_kv_heads", "tied_embeddings", "image_attention"}) | _ROPE
+
+
+def _fields(
+    width: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    positions: int,
+    eps: float,
+    act: tuple[str, str] = ("hidden_act", "silu"),
+) -> tuple[Field, ...]:
+    read, write = activation(act[1])
+    return (
+        Field(ours="hidden_size", theirs="hidden_size", default=width),
+        Field(ours="ffn_hidden_size", theirs="intermediate_size", default=ffn),
+        Field(ours="num_layers", theirs="num_hidden_layers", default=layers),
+        Field(ours="num_heads", theirs="num_attention_heads", default=heads),
+        Field(ours="max_positions", theirs="max_position_embeddings", default=positions),
+        Field(ours="norm_eps", theirs="rms_norm_eps", default=eps, read=float),
+        Field(ours="activation", theirs=act[0], default=act[1], read=read, write=write),
+    )
+
+
+_QWEN = dict(use_sliding_window=(False,))
+_QWEN_VL = Form(
+    model_types=("qwen2_vl_text", "qwen2_vl", ""),
+    fields=_fields(8192, 29568, 80, 64, 32768, 1e-5),
+    always=dict(qkv_bias=True),
+    demands=_QWEN,
+    says=("use_sliding_window",),
+    free=_FREE | {"mrope_section"},
+)
+
+FORMS: dict[str, Form] = {
+    "llama": Form(
+        model_types=("llama", ""),
+        fields=_fields(4096, 11008, 32, 32, 2048, 1e-6),
+        demands={"attention_bias": (False,), "mlp_bias": (False,)},
+        says=("attention_bias", "mlp_bias"),
+        free=_FREE,
+    ),
+    "mistral": Form(
+        model_types=("mistral",),
+        fields=(
+            *_fields(4096, 14336, 32, 32, 131072, 1e-6),
+            Field(ours="window", theirs="sliding_window", default=4096),
+        ),
+        free=_FREE,
+    ),
+    "qwen2": Form(
+        model_types=("qwen2",),
+        fields=_fields(4096, 22016, 32, 32, 32768, 1e-6),
+        always=dict(qkv_bias=True),
+        demands=_QWEN,
+        says=("use_sliding_window",),
+        free=_FREE,
+    ),
+    "qwen3": Form(
+        model_types=("qwen3",),
+        fields=_fields(4096, 22016, 32, 32, 32768, 1e-6),
+        always=dict(qk_norm=True),
+        demands={**_QWEN, "attention_bias": (False,)},
+        says=("use_sliding_window", "attention_bias"),
+        free=_FREE,
+    ),
+    "gemma3": Form(
+        model_types=("gemma3_text",),
+        fields=(
+            *_fields(2304, 9216, 26, 8, 131072, 1e-6, ("hidden_activation", "gelu_pytorch_tanh")),
+            Field(ours="window", theirs="sliding_window", default=4096),
+        ),
+        always=dict(qk_norm=True, norm_plus_one=True, sandwich_norm=True),
+        demands={
+            "attention_bias": (False,),
+            "final_logit_softcapping": (None,),
+            "attn_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        says=("attention_bias", "final_logit_softcapping", "attn_logit_softcapping"),
+        free=_FREE | {"global_every", "attention_scale", "rope_local_base", "embedding_scale"},
+    ),
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": replace(_QWEN_VL, model_types=("qwen2_5_vl_text", "qwen2_5_vl", "")),
+}
+"""By the name that `families` uses."""
+
+VOCABULARIES = {
+    "llama": 32000,
+    "mistral": 32000,
+    "qwen2": 151936,
+    "qwen3": 151936,
+    "gemma3": 262208,
+    "qwen2_vl": 152064,
+    "qwen2_5_vl": 152064,
+}
+KV_HEADS: dict[str, int | None] = {
+    "llama": None,
+    "mistral": 8,
+    "qwen2": 32,
+    "qwen3": 32,
+    "gemma3": 4,
+    "qwen2_vl": 8,
+    "qwen2_5_vl": 8,
+}
+HEAD_DIMS: dict[str, int | None] = {"llama": None, "mistral": None, "qwen3": 128, "gemma3": 256}
+"""Of the decoders whose heads may be of another width than hidden_size / heads."""
+TIED = {"gemma3"}
+"""Decoders that share embedding and head where a file does not say."""
+BASES = {"qwen2_vl": 1e6, "qwen2_5_vl": 1e6, "gemma3": 1e6}
+"""Of the rotary positions where a file does not say; 10000 elsewhere."""
+
+
+def read_language(name: str, given: Mapping[str, Any], where: str) -> LanguageConfig:
+    """Our configuration of a `text_config`. Raises UserError."""
+    where += " (language)"
+    given = dict(given)
+    cfg = LanguageConfig(**read_form(FORMS[name], given, where))
+    cfg.vocab_size = given.get("vocab_size", VOCABULARIES[name])
+    heads = given.get("num_key_value_heads", KV_HEADS[name])
+    cfg.num_kv_heads = cfg.num_heads if heads is None else heads
+    cfg.head_dim = _head_dim(name, given, cfg, where)
+    cfg.tied_embeddings = bool(given.get("tie_word_embeddings", name in TIED))
+    if name == "gemma3":
+        _read_gemma(given, cfg, where)
+    else:
+        kinds = given.get("layer_types") or []
+        if any(kind != "full_attention" for kind in kinds):
+            raise refuse(where, "layer_types", kinds, "it does 'full_attention' in all layers")
+        cfg.rope_base, cfg.rope_scaling, sections = _read_rope(given, where, BASES.get(name, 10000.0))
+        if name in ("qwen2_vl", "qwen2_5_vl"):
+            cfg.mrope_section = sections or [16, 24, 24]
+    return cfg
+
+
+def write_language(name: str, cfg: LanguageConfig) -> dict[str, Any]:
+    """The `text_config` of a decoder."""
+    found = {
+        **write_form(FORMS[name], cfg),
+        "vocab_size": cfg.vocab_size,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "rope_theta": cfg.rope_base,
+        "rope_scaling": _write_scaling(cfg),
+        "tie_word_embeddings": cfg.tied_embeddings,
+    }
+    if name in HEAD_DIMS and (cfg.head_dim is not None or HEAD_DIMS[name] is not None):
+        found["head_dim"] = cfg.head_dim or cfg.hidden_size // cfg.num_heads
+    if name == "gemma3":
+        head = cfg.head_dim or cfg.hidden_size // cfg.num_heads
+        scale = cfg.attention_scale or head**-0.5
+        power = round(scale**-2, 6)
+        found |= {
+            "query_pre_attn_scalar": int(power) if power == int(power) else power,
+            "sliding_window_pattern": cfg.global_every,
+            "rope_local_base_freq": cfg.rope_local_base,
+        }
+    return found
+
+
+def language_of(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> str:
+    """The decoder that a `text_config` describes, by its model_type. Raises UserError for one that is not allowed."""
+    kind = given.get("model_type", "")
+    for name in allowed:
+        if kind in FORMS[name].model_types:
+            return name
+    names = ", ".join(repr(FORMS[name].model_types[0]) for name in allowed)
+    raise refuse(f"{where} (language)", "model_type", kind, f"it does {names}")
+
+
+def fitting_language(cfg: LanguageConfig, allowed: Sequence[str]) -> tuple[str, list[tuple[str, Any, Any]]]:
+    """Of the decoders allowed the one that a model's is, and where it still differs: the least of them."""
+    found = [(name, misfits(FORMS[name], cfg) + _more_misfits(name, cfg)) for name in allowed]
+    return min(found, key=lambda pair: len(pair[1]))
+
+
+def _more_misfits(name: str, cfg: LanguageConfig) -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    if name not in HEAD_DIMS and cfg.head_dim not in (None, cfg.hidden_size // cfg.num_heads):
+        found.append(("head_dim", cfg.head_dim, cfg.hidden_size // cfg.num_heads))
+    if name in ("qwen2_vl", "qwen2_5_vl") and not cfg.mrope_section:
+        found.append(("mrope_section", cfg.mrope_section, "three numbers"))
+    if name == "gemma3":
+        if cfg.embedding_scale != math.sqrt(cfg.hidden_size):
+            found.append(("embedding_scale", cfg.embedding_scale, math.sqrt(cfg.hidden_size)))
+        for key in ("global_every", "rope_local_base", "window"):
+            if getattr(cfg, key) is None:
+                found.append((key, None, "a number"))
+        if cfg.rope_scaling.kind == "llama3":
+            found.append(("rope_scaling.kind", "llama3", "linear"))
+    return found
+
+
+def _head_dim(name: str, given: Mapping[str, Any], cfg: LanguageConfig, where: str) -> int | None:
+    """None where it is hidden_size / heads."""
+    plain = cfg.hidden_size // cfg.num_heads
+    said = given.get("head_dim") or HEAD_DIMS.get(name)
+    if said is None or said == plain:
+        return None
+    if name not in HEAD_DIMS:
+        raise refuse(where, "head_dim", said, f"it does hidden_size / heads = {plain}")
+    return int(said)
+
+
+def _read_gemma(given: Mapping[str, Any], cfg: LanguageConfig, where: str) -> None:
+    config = {"query_pre_attn_scalar": 256, **given}
+    cfg.global_every = given.get("sliding_window_pattern") or given.get("_sliding_window_pattern") or 6
+    usual = [
+        "full_attention" if (layer + 1) % cfg.global_every == 0 else "sliding_attention"
+        for layer in range(cfg.num_layers)
+    ]
+    if given.get("layer_types") not in (None, usual):
+        raise refuse(where, "layer_types", given["layer_types"], f"it does every {cfg.global_every}th layer full")
+    head = cfg.head_dim or cfg.hidden_size // cfg.num_heads
+    scalar = config["query_pre_attn_scalar"]
+    cfg.attention_scale = None if scalar == head else scalar**-0.5
+    cfg.embedding_scale = math.sqrt(cfg.hidden_size)
+    nested = given.get("rope_parameters") or {}
+    full, local = nested.get("full_attention") or {}, nested.get("sliding_attention") or {}
+    plain = {key: value for key, value in given.items() if key != "rope_parameters"}
+    if full:
+        plain["rope_parameters"] = full
+    cfg.rope_base, cfg.rope_scaling, _ = _read_rope(plain, where, BASES["gemma3"])
+    demand(where, {"rope_type": "default", **local}, "rope_type", ("default",))
+    cfg.rope_local_base = float(local.get("rope_theta", given.get("rope_local_base_freq", 10000.0)))
+
+
+def _read_rope(given: Mapping[str, Any], where: str, base: float) -> tuple[float, RopeScaling, list[int]]:
+    """transformers 4 writes rope_theta and rope_scaling, transformers 5 both in rope_parameters."""
+    name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+    rope = {"rope_theta": given.get("rope_theta", base), **(given.get(name) or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise refuse(where, f"{name}.partial_rotary_factor", rope["partial_rotary_factor"], "it does 1.0")
+    sections = list(rope.get("mrope_section") or [])
+    if kind in ("default", "mrope", "dynamic"):  # dynamic begins beyond max_position_embeddings
+        scaling = RopeScaling()
+    elif kind == "linear":
+        scaling = RopeScaling(kind="linear", factor=float(rope["factor"]))
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            kind="llama3",
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_positions=int(rope["original_max_position_embeddings"]),
+        )
+    else:
+        raise refuse(where, f"{name}.rope_type", kind, "it does 'default', 'linear', 'llama3'")
+    return float(rope["rope_theta"]), scaling, sections
+
+
+def _write_scaling(cfg: LanguageConfig) -> dict[str, Any] | None:
+    scaling = cfg.rope_scaling
+    if cfg.mrope_section:
+        return {"type": "mrope", "mrope_section": list(cfg.mrope_section)}
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        return {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_positions,
+        }
+    return None

@@ -1,0 +1,444 @@
+"""The families as data: which class and files of Hugging Face's, which parts, which names, which switches.
+
+"Hub names" are the keys of the files that a family is published with; other tools read these. transformers 5 writes
+others (it leaves out `vision_model.`), and has others again in memory. Every spelling is read, the hub's is written.
+Inside, a tensor goes by its part and the name that it has where that part stands alone (`weights.names`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.weights.configs import blip, gemma, idefics, internvl, llava, ovis, qwen_vl
+from vlm_nemo.weights.configs.common import Words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """The beginning of some names."""
+
+    part: str
+    """vision | projector | language"""
+    alone: str
+    """Where the part stands alone."""
+    spelled: tuple[str, ...]
+    """In files: the hub's first, it is the one that is written."""
+
+
+Prefixes = tuple[Prefix, ...]
+Name = tuple[str, str]
+"""(part, name where the part stands alone)"""
+
+
+def spelled(prefixes: Prefixes, part: str, name: str) -> str:
+    """("vision", "embeddings.class_embedding") -> "vision_tower.vision_model.embeddings.class_embedding" """
+    fitting = [p for p in prefixes if p.part == part and name.startswith(p.alone)]
+    best = max(fitting, key=lambda p: len(p.alone))
+    return best.spelled[0] + name.removeprefix(best.alone)
+
+
+def understood(prefixes: Prefixes, key: str) -> Name | None:
+    """The inverse, for every spelling; None for a key of no part."""
+    fitting = [(s, p) for p in prefixes for s in p.spelled if key.startswith(s)]
+    if not fitting:
+        return None
+    start, best = max(fitting, key=lambda pair: len(pair[0]))
+    return best.part, best.alone + key.removeprefix(start)
+
+
+def _language(*models: str, heads: tuple[str, ...]) -> Prefixes:
+    return (
+        Prefix(part="language", alone="model.", spelled=models),
+        Prefix(part="language", alone="lm_head.", spelled=heads),
+    )
+
+
+_DECODER = _language("model.", heads=("lm_head.",))
+_UNDER_LLAVA = _language(
+    "language_model.model.", "model.language_model.", heads=("language_model.lm_head.", "lm_head.")
+)
+_LLAVA_PROJECTOR = Prefix(
+    part="projector", alone="", spelled=("multi_modal_projector.", "model.multi_modal_projector.")
+)
+_NEWLINE = Prefix(part="projector", alone="image_newline", spelled=("image_newline", "model.image_newline"))
+_UNDER_VISION_MODEL = Prefix(
+    part="vision",
+    alone="",
+    spelled=(
+        "vision_tower.vision_model.",
+        "vision_tower.",
+        "model.vision_tower.vision_model.",
+        "model.vision_tower.",
+    ),
+)
+
+PREFIXES: dict[str, Prefixes] = {
+    "llava": (_UNDER_VISION_MODEL, _LLAVA_PROJECTOR, *_UNDER_LLAVA),
+    "llava_next": (_UNDER_VISION_MODEL, _LLAVA_PROJECTOR, _NEWLINE, *_UNDER_LLAVA),
+    "internvl": (
+        Prefix(part="vision", alone="", spelled=("vision_tower.", "model.vision_tower.")),
+        _LLAVA_PROJECTOR,
+        *_UNDER_LLAVA,
+    ),
+    "internvl_remote": (
+        Prefix(part="vision", alone="", spelled=("vision_model.",)),
+        Prefix(part="projector", alone="", spelled=("mlp1.",)),
+        *_UNDER_LLAVA,
+    ),
+    "qwen2_vl": (
+        Prefix(part="vision", alone="", spelled=("visual.", "model.visual.")),
+        Prefix(part="projector", alone="", spelled=("visual.merger.", "model.visual.merger.")),
+        *_language("model.", "model.language_model.", heads=("lm_head.",)),
+    ),
+    "ovis2": (
+        Prefix(part="vision", alone="", spelled=("model.vision_tower.transformer.",)),
+        Prefix(part="projector", alone="head_", spelled=("model.vision_tower.head_",)),
+        Prefix(
+            part="projector", alone="visual_embeddings_table.", spelled=("model.visual_embeddings_table.",)
+        ),
+        *_language("model.language_model.", heads=("lm_head.",)),
+    ),
+    "idefics3": (
+        Prefix(part="vision", alone="", spelled=("model.vision_model.",)),
+        Prefix(part="projector", alone="", spelled=("model.connector.",)),
+        *_language("model.text_model.", heads=("lm_head.",)),
+    ),
+    "blip2": (
+        Prefix(part="vision", alone="", spelled=("vision_model.",)),
+        Prefix(part="projector", alone="query_tokens", spelled=("query_tokens",)),
+        Prefix(part="projector", alone="qformer.", spelled=("qformer.",)),
+        Prefix(part="projector", alone="language_projection.", spelled=("language_projection.",)),
+        *_language("language_model.model.", heads=("language_model.lm_head.",)),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of model that has a class of Hugging Face's."""
+
+    architecture: str
+    model_type: str
+    processor: str
+    image_processor: str
+    prefixes: Prefixes
+    towers: tuple[str, ...]
+    """Names in names.towers.TOWERS that it may have."""
+    languages: tuple[str, ...]
+    """Names in configs.languages.FORMS that it may have."""
+    projector: str
+    """Name in names.projectors.PROJECTORS."""
+    template: str
+    """In data.chat.TEMPLATES: what is taken where a folder has somebody else's chat template."""
+    read: Callable[[str, Mapping[str, Any], str], ModelConfig]
+    """(family, config.json, its path) -> ours"""
+    write: Callable[[str, ModelConfig, Words], dict[str, Any]]
+    """The inverse, without architectures, model_type and dtype."""
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ours that the family decides; the same of the others below."""
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    reduce: Mapping[str, Any] = field(default_factory=lambda: {"kind": "none"})
+    projection: Mapping[str, Any] = field(default_factory=dict)
+    projection_free: frozenset[str] = frozenset()
+    """Fields of the projector that a model may have in any way."""
+    language: Mapping[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    """Whether embedding and head are one where config.json does not say."""
+    tower_variant: str | None = None
+    """Name in configs.towers.VARIANTS, where the tower's section has its own model_type."""
+
+
+_CLIP_LIKE = dict(
+    towers=llava.TOWERS,
+    languages=llava.LANGUAGES,
+    projector="llava",
+    read=llava.read,
+    write=llava.write,
+    vision={"post_norm": False},
+)
+_MLP_FREE = frozenset({"num_layers", "activation", "bias"})
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family(
+        architecture="LlavaForConditionalGeneration",
+        model_type="llava",
+        processor="LlavaProcessor",
+        image_processor="CLIPImageProcessor",
+        prefixes=PREFIXES["llava"],
+        template="vicuna",
+        layout={"kind": "square"},
+        projection_free=_MLP_FREE,
+        **_CLIP_LIKE,  # type: ignore[arg-type]
+    ),
+    "llava_next": Family(
+        architecture="LlavaNextForConditionalGeneration",
+        model_type="llava_next",
+        processor="LlavaNextProcessor",
+        image_processor="LlavaNextImageProcessor",
+        prefixes=PREFIXES["llava_next"],
+        template="vicuna",
+        layout={"kind": "anyres", "max_unpadded": None},
+        projection={"newline": True},
+        projection_free=_MLP_FREE,
+        **_CLIP_LIKE,  # type: ignore[arg-type]
+    ),
+    "llava_onevision": Family(
+        architecture="LlavaOnevisionForConditionalGeneration",
+        model_type="llava_onevision",
+        processor="LlavaOnevisionProcessor",
+        image_processor="LlavaOnevisionImageProcessor",
+        prefixes=PREFIXES["llava_next"],
+        template="qwen",
+        layout={"kind": "anyres"},
+        projection={"newline": True},
+        projection_free=_MLP_FREE,
+        **_CLIP_LIKE,  # type: ignore[arg-type]
+    ),
+    "internvl": Family(
+        architecture="InternVLForConditionalGeneration",
+        model_type="internvl",
+        processor="InternVLProcessor",
+        image_processor="GotOcr2ImageProcessor",
+        prefixes=PREFIXES["internvl"],
+        towers=("internvit",),
+        languages=internvl.LANGUAGES,
+        projector="internvl",
+        template="internvl",
+        read=internvl.read,
+        write=internvl.write,
+        vision={"keep_class_token": False},
+        layout=internvl.LAYOUT,
+        reduce={"kind": "pixel_shuffle"},
+        projection=internvl.PROJECTOR,
+        tied=True,
+    ),
+    "qwen2_vl": Family(
+        architecture="Qwen2VLForConditionalGeneration",
+        model_type="qwen2_vl",
+        processor="Qwen2VLProcessor",
+        image_processor="Qwen2VLImageProcessor",
+        prefixes=PREFIXES["qwen2_vl"],
+        towers=("qwen2_vl",),
+        languages=("qwen2_vl",),
+        projector="qwen2_vl",
+        template="qwen",
+        read=qwen_vl.read,
+        write=qwen_vl.write,
+        vision={"feature_layer": -1},
+        layout=qwen_vl.LAYOUT,
+        reduce={"kind": "merge"},
+        projection={"norm": "layernorm", "norm_place": "patch", "norm_eps": 1e-6},
+        projection_free=frozenset({"hidden_size"}),
+    ),
+    "qwen2_5_vl": Family(
+        architecture="Qwen2_5_VLForConditionalGeneration",
+        model_type="qwen2_5_vl",
+        processor="Qwen2_5_VLProcessor",
+        image_processor="Qwen2VLImageProcessor",
+        prefixes=PREFIXES["qwen2_vl"],
+        towers=("qwen2_5_vl",),
+        languages=("qwen2_5_vl",),
+        projector="qwen2_vl",
+        template="qwen",
+        read=qwen_vl.read,
+        write=qwen_vl.write,
+        vision={"feature_layer": -1},
+        layout=qwen_vl.LAYOUT,
+        reduce={"kind": "merge"},
+        projection={"norm": "rmsnorm", "norm_place": "patch", "norm_eps": 1e-6},
+        projection_free=frozenset({"hidden_size"}),
+    ),
+    "ovis2": Family(
+        architecture="Ovis2ForConditionalGeneration",
+        model_type="ovis2",
+        processor="Ovis2Processor",
+        image_processor="Ovis2ImageProcessor",
+        prefixes=PREFIXES["ovis2"],
+        towers=("aimv2",),
+        languages=ovis.LANGUAGES,
+        projector="ovis2",
+        template="qwen",
+        read=ovis.read,
+        write=ovis.write,
+        vision={"feature_layer": -1},
+        layout={"kind": "ovis"},
+        reduce={},
+        projection={"kind": "visual_vocabulary", "indicators": len(ovis.INDICATORS), "temperature": 1.0},
+        projection_free=frozenset({"vocabulary", "tokenize"}),
+        tied=True,
+        tower_variant="ovis2",
+    ),
+    "gemma3": Family(
+        architecture="Gemma3ForConditionalGeneration",
+        model_type="gemma3",
+        processor="Gemma3Processor",
+        image_processor="Gemma3ImageProcessor",
+        prefixes=PREFIXES["llava"],
+        towers=("siglip",),
+        languages=("gemma3",),
+        projector="gemma3",
+        template="gemma",
+        read=gemma.read,
+        write=gemma.write,
+        vision={"feature_layer": -1, "post_norm": True},
+        layout=gemma.LAYOUT,
+        reduce={"kind": "average_pool"},
+        projection=gemma.PROJECTOR,
+        projection_free=frozenset({"norm_eps"}),
+        language={"image_attention": "bidirectional"},
+        tied=True,
+    ),
+    "idefics3": Family(
+        architecture="Idefics3ForConditionalGeneration",
+        model_type="idefics3",
+        processor="Idefics3Processor",
+        image_processor="Idefics3ImageProcessor",
+        prefixes=PREFIXES["idefics3"],
+        towers=("siglip",),
+        languages=idefics.LANGUAGES,
+        projector="idefics3",
+        template="idefics3",
+        read=idefics.read,
+        write=idefics.write,
+        vision={"feature_layer": -1, "post_norm": True},
+        layout={"kind": "rows"},
+        reduce={"kind": "pixel_shuffle"},
+        projection=idefics.PROJECTOR,
+        tower_variant="idefics3",
+    ),
+    "smolvlm": Family(
+        architecture="SmolVLMForConditionalGeneration",
+        model_type="smolvlm",
+        processor="SmolVLMProcessor",
+        image_processor="SmolVLMImageProcessor",
+        prefixes=PREFIXES["idefics3"],
+        towers=("siglip",),
+        languages=idefics.LANGUAGES,
+        projector="idefics3",
+        template="smolvlm",
+        read=idefics.read,
+        write=idefics.write,
+        vision={"feature_layer": -1, "post_norm": True},
+        layout={"kind": "rows"},
+        reduce={"kind": "pixel_shuffle"},
+        projection=idefics.PROJECTOR,
+        tower_variant="smolvlm",
+    ),
+    "blip2": Family(
+        architecture="Blip2ForConditionalGeneration",
+        model_type="blip-2",
+        processor="Blip2Processor",
+        image_processor="BlipImageProcessor",
+        prefixes=PREFIXES["blip2"],
+        towers=("eva",),
+        languages=blip.LANGUAGES,
+        projector="blip2",
+        template="blip2",
+        read=blip.read,
+        write=blip.write,
+        vision={"feature_layer": -1, "keep_class_token": True},
+        layout=blip.LAYOUT,
+        projection={"kind": "qformer"},
+        projection_free=frozenset(
+            {
+                "num_queries",
+                "num_layers",
+                "hidden_size",
+                "num_heads",
+                "ffn_hidden_size",
+                "norm_eps",
+                "cross_attention_every",
+            }
+        ),
+    ),
+}
+"""By ModelConfig.family."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """A class of Hugging Face's that is one part of ours."""
+
+    part: str
+    kind: str
+    """Name in names.towers.TOWERS or configs.languages.FORMS."""
+    prefixes: Prefixes
+    left_out: str | None = None
+    """Pattern of what a folder holds beside the part (CLIP's text tower)."""
+    section: str | None = None
+    """Where config.json has the part's own fields."""
+
+
+def _tower(*starts: str) -> Prefixes:
+    return (Prefix(part="vision", alone="", spelled=starts),)
+
+
+_TEXT_TOWER = r"(text_model|text_projection|visual_projection)\.|logit_scale$|logit_bias$"
+# transformers 5 writes the towers without any prefix
+_TWO_TOWERS = _tower("vision_model.", "", "vision_model.vision_model.")
+_AIMV2 = (
+    Prefix(
+        part="vision",
+        alone="embeddings.patch_embedding.",
+        spelled=("embeddings.patch_embed.", "vision_model.embeddings.patch_embed."),
+    ),
+    *_tower("", "vision_model."),
+)
+
+ALONE: dict[str, Alone] = {
+    "CLIPVisionModel": Alone(part="vision", kind="clip", prefixes=_TWO_TOWERS),
+    "CLIPVisionModelWithProjection": Alone(
+        part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=r"visual_projection\."
+    ),
+    "CLIPModel": Alone(
+        part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"
+    ),
+    "SiglipVisionModel": Alone(part="vision", kind="siglip", prefixes=_TWO_TOWERS),
+    "SiglipModel": Alone(
+        part="vision", kind="siglip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"
+    ),
+    "InternVLVisionModel": Alone(part="vision", kind="internvit", prefixes=_tower("")),
+    "Aimv2VisionModel": Alone(part="vision", kind="aimv2", prefixes=_AIMV2),
+    "Aimv2Model": Alone(
+        part="vision", kind="aimv2", prefixes=_AIMV2, left_out=_TEXT_TOWER, section="vision_config"
+    ),
+    "LlamaForCausalLM": Alone(part="language", kind="llama", prefixes=_DECODER),
+    "MistralForCausalLM": Alone(part="language", kind="mistral", prefixes=_DECODER),
+    "Qwen2ForCausalLM": Alone(part="language", kind="qwen2", prefixes=_DECODER),
+    "Qwen3ForCausalLM": Alone(part="language", kind="qwen3", prefixes=_DECODER),
+    "Gemma3ForCausalLM": Alone(part="language", kind="gemma3", prefixes=_DECODER),
+}
+"""By architecture. The first of each kind is the one that is written."""
+
+MODEL_TYPES: dict[str, str] = {
+    **{family.model_type: family.architecture for family in FAMILIES.values()},
+    "clip": "CLIPModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "internvl_vision": "InternVLVisionModel",
+    "aimv2": "Aimv2Model",
+    "aimv2_vision_model": "Aimv2VisionModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+"""For a config.json that names no architecture."""
+
+REMOTE = {"InternVLChatModel": "internvl"}
+"""Architectures of other people's code that are read: the family that they become."""
+
+
+def family_of(architecture: str) -> str | None:
+    """The family's name; None for a part alone or a stranger."""
+    return next((name for name, family in FAMILIES.items() if family.architecture == architecture), None)
+
+
+def left_out(alone: Alone, key: str) -> bool:
+    return alone.left_out is not None and re.match(alone.left_out, key) is not None
