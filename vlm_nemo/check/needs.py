@@ -92,7 +92,9 @@ def stage_needs(
         weights = meter.include([[p.data for p in chunk.parameters()] for chunk in chunks])
         gradients = meter.include([[buffer.grad_data for buffer in chunk.buffers] for chunk in model])
         meter.restart()
-        with meter, FlopCounterMode(display=False) as both:
+        with meter:
+            run_schedule(model, batches)
+        with FlopCounterMode(display=False) as both:
             run_schedule(model, batches)
         share = ranks.data if parallel.distributed_optimizer else 1
         state = trained * (ADAM + (MASTER if precision == "bf16" else 0)) // share

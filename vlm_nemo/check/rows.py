@@ -40,12 +40,13 @@ def blank_sample(spec: ImageSpec, plans: Sequence[ImagePlan], text: int) -> Enco
         views=torch.tensor([len(plan.grids) for plan in plans], dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
         sources=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *sources])),
+        embeddings=torch.tensor([plan.embeddings for plan in plans], dtype=torch.int64),
     )
     labels = [IGNORE_INDEX] * len(tokens) + [WORD] * text
     return EncodedSample(tokens=tokens + [WORD] * text, labels=labels, images=images)
 
 
-def full_row(sample: EncodedSample, capacity: int) -> PackedBatch:
+def full_row(spec: ImageSpec, sample: EncodedSample, capacity: int) -> PackedBatch:
     """As many copies as a row takes. Raises UserError if it takes none."""
     count = capacity // len(sample.tokens)
     if not count:
@@ -53,7 +54,7 @@ def full_row(sample: EncodedSample, capacity: int) -> PackedBatch:
             f"the assumed sample has {len(sample.tokens)} tokens and data.pack.capacity is {capacity}; raise it, or "
             "assume a smaller one (check.image, check.text)"
         )
-    return pack_batch([sample] * count, capacity, pad_id=WORD)
+    return pack_batch([sample] * count, capacity, pad_id=WORD, patch=spec.patch)
 
 
 def _words(text: str) -> int:
