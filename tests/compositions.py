@@ -6,12 +6,17 @@ A part is a dictionary of what differs from the defaults; the names are those of
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from vlm_nemo.data.layout.spec import view_tokens
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.plan import ImagePlan, Placeholders
+from vlm_nemo.data.positions import cumulative, grid_positions, packed_positions
 from vlm_nemo.model.config import (
     LanguageConfig,
     ModelConfig,
@@ -24,8 +29,8 @@ from vlm_nemo.model.layout import spec_of
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
 IMAGE, PAD = 3, 0
-EXTRA = {"newline": 1}
-"""Extra rows of a projector that has a newline; a visual vocabulary has as many as indicators."""
+SIZES = [(40, 30), (70, 30), (20, 61)]
+"""Width and height of images, pixels."""
 Part = dict[str, Any]
 
 RMS = dict(norm="rmsnorm", activation="silu", gated=True, pre_norm=False, class_token=False, feature_layer=-1)
@@ -93,6 +98,16 @@ LANGUAGES: dict[str, Part] = {
     ),
     "smollm2": dict(tied_embeddings=True, rope_base=100000.0),
 }
+NATURAL = {"qwen2_vit": "native", "qwen25_vit": "native"}
+"""Tower -> the layout that its families have; square of all others."""
+LAYOUTS: dict[str, Part] = {
+    "square": {},
+    "anyres": dict(pinpoints=[[32, 64], [64, 32], [64, 64]]),
+    "tiles": dict(max_tiles=3),
+    "ovis": dict(max_tiles=3),
+    "rows": dict(longest_edge=64),
+    "native": dict(min_pixels=256, max_pixels=2048),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +118,10 @@ class Composition:
     reduction: str
     projector: str
     language: str
+    layout: str = "square"
 
     def __str__(self) -> str:
-        return " + ".join((self.tower, self.reduction, self.projector, self.language))
+        return " + ".join((self.layout, self.tower, self.reduction, self.projector, self.language))
 
     def config(self) -> ModelConfig:
         """Views of 4 x 4 patches; four decoder layers, so that two stages have two each."""
@@ -113,6 +129,7 @@ class Composition:
         language = dict(vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=48)
         return ModelConfig(
             family="",
+            layout=LayoutConfig(kind=self.layout, **LAYOUTS[self.layout]),
             vision=VisionConfig(**(vision | TOWERS[self.tower])),
             reduce=ReduceConfig(**REDUCTIONS[self.reduction]),
             projector=ProjectorConfig(**PROJECTORS[self.projector]),
@@ -132,75 +149,77 @@ def draw(count: int, seed: int) -> list[Composition]:
         return cards[:count]
 
     made = [
-        Composition(tower=t, reduction=r, projector=p, language=la)
+        Composition(tower=t, reduction=r, projector=p, language=la, layout=NATURAL.get(t, "square"))
         for t, r, p, la in zip(deck(TOWERS), deck(REDUCTIONS), deck(PROJECTORS), deck(LANGUAGES), strict=True)
     ]
     return [replace(c, reduction="none") if c.tower == "clip_class_token" else c for c in made]
 
 
-def rows(cfg: ModelConfig, count: int, seed: int, capacity: int = 96) -> list[PackedBatch]:
-    """Packed rows of three samples with none, one and two images; every fourth row has no image at all."""
-    return [_row(cfg, [0, 0] if i % 4 == 1 else [1, 2, 0], seed + 10 * i, capacity) for i in range(count)]
+def rows(
+    cfg: ModelConfig, count: int, seed: int, capacity: int = 96, images: Sequence[Sequence[int]] = ((1, 2, 0), (0, 0))
+) -> list[PackedBatch]:
+    """Packed rows. images: of each sample of a row, the rows taking turns; the second one has none as it is."""
+    return [_row(cfg, images[i % len(images)], seed + 10 * i, capacity) for i in range(count)]
 
 
-def _row(cfg: ModelConfig, images: list[int], seed: int, capacity: int) -> PackedBatch:
+def _row(cfg: ModelConfig, images: Sequence[int], seed: int, capacity: int) -> PackedBatch:
+    """Samples of random words; images of random pixels, whose places are those that the layout plans."""
     g = torch.Generator().manual_seed(seed)
-    spec, extra = spec_of(cfg), _extra_rows(cfg)
-    # Learned positions stretch to other grids, rotary ones need not; a window may be cut at the border
-    grids = [(4, 4), (2, 4), (6, 2)]
+    spec, extra = spec_of(cfg), int(cfg.projector.newline and cfg.layout.kind != "anyres")
     tokens: list[int] = []
-    positions: list[int] = []
+    texts: list[list[int]] = []
+    plans: list[ImagePlan] = []
     slots: list[int] = []
     sources: list[int] = []
-    patches, shapes, cu, embeddings = [], [], [0], 0
+    own: list[Any] = []
+    before = 0
     for number, wanted in enumerate(images):
-        sample = _words(3 + number, g)
+        sample, spans = _words(3 + number, g), []
         for k in range(wanted):
-            grid = grids[(number + k) % 3] if spec.queries is None or k else grids[0]
-            given = view_tokens(spec, grid)
-            stands = [*range(embeddings, embeddings + given), *(-1 - x for x in range(extra))]
-            slots += range(len(tokens) + len(sample), len(tokens) + len(sample) + len(stands))
-            sources += stands
-            sample += [IMAGE] * len(stands) + _words(2, g)
-            patches.append(torch.randint(0, 256, (grid[0] * grid[1], 192), generator=g, dtype=torch.uint8))
-            shapes.append(grid)
-            embeddings += given
+            plan = plan_image(spec, SIZES[(number + k + seed) % len(SIZES)])
+            if plan.span is not None:
+                spans.append((len(sample), *plan.span))
+            for item in (*plan.items, *([Placeholders(sources=-1 - np.arange(extra))] if extra else [])):
+                if isinstance(item, str):
+                    sample += _words(2, g)
+                    continue
+                slots += range(len(tokens) + len(sample), len(tokens) + len(sample) + len(item.sources))
+                assert item.shares is None, "no layout here scales down"
+                sources += [int(x) + before * (x >= 0) for x in item.sources]
+                sample += _words(1, g) if item.token else [IMAGE] * len(item.sources)
+            sample += _words(2, g)
+            plans.append(plan)
+            before += plan.embeddings
         sample += _words(5, g)
         tokens += sample
-        positions += range(len(sample))
-        cu.append(len(tokens))
-    used, tail = len(tokens), capacity - len(tokens)
-    assert tail >= 0, (used, capacity)
+        texts.append(sample)
+        own.append(grid_positions(len(sample), spans) if spans else None)
+    lengths, tail = [len(text) for text in texts], capacity - len(tokens)
+    assert tail > 0, (lengths, capacity)
     ids = torch.tensor([*tokens, *[PAD] * tail])
-    labels = torch.full((capacity,), IGNORE_INDEX)
-    labels[: used - 1] = ids[1:used]
-    labels[[end - 1 for end in cu[1:]]] = IGNORE_INDEX
+    labels = ids.roll(-1)
+    labels[np.cumsum(lengths) - 1] = IGNORE_INDEX
+    labels[len(tokens) :] = IGNORE_INDEX
     labels[labels == IMAGE] = IGNORE_INDEX
-    where = torch.tensor([*positions, *range(tail)]).repeat(3, 1)
-    if cfg.language.mrope_section:  # any three rows will do: what a layout makes of them is its own test
-        where[1:, : used // 2] += torch.randint(0, 4, (2, used // 2), generator=g)
-    none = torch.empty(0, 192, dtype=torch.uint8)
+    grids = [grid for plan in plans for grid in plan.grids]
+    patches = (sum(plan.cost for plan in plans), 3 * cfg.vision.patch_size**2)
     return PackedBatch(
         tokens=ids,
         labels=labels,
-        positions=where,
-        cu_seqlens=torch.tensor([*cu, capacity] if tail else cu, dtype=torch.int32),
+        positions=torch.from_numpy(packed_positions([*lengths, tail], own)),
+        cu_seqlens=torch.from_numpy(cumulative([*lengths, tail])),
         images=Images(
-            patches=torch.cat([none, *patches]),
-            grids=torch.tensor(shapes, dtype=torch.int64).view(-1, 2),
-            views=torch.ones(len(shapes), dtype=torch.int64),
-            embeddings=torch.tensor([view_tokens(spec, grid) for grid in shapes], dtype=torch.int64),
+            patches=torch.randint(0, 256, patches, generator=g, dtype=torch.uint8),
+            grids=torch.tensor(grids, dtype=torch.int64).view(-1, 2),
+            views=torch.tensor([len(plan.grids) for plan in plans], dtype=torch.int64),
+            embeddings=torch.tensor([plan.embeddings for plan in plans], dtype=torch.int64),
             slots=torch.tensor(slots, dtype=torch.int64),
             sources=torch.tensor(sources, dtype=torch.int64),
         ),
         samples=len(images),
-        used_tokens=used,
+        used_tokens=len(tokens),
     )
 
 
 def _words(count: int, g: torch.Generator) -> list[int]:
     return torch.randint(4, 60, (count,), generator=g).tolist()
-
-
-def _extra_rows(cfg: ModelConfig) -> int:
-    return cfg.projector.indicators if cfg.projector.kind == "visual_vocabulary" else int(cfg.projector.newline)

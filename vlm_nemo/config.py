@@ -93,21 +93,27 @@ class ConvertRoot:
     """Hugging Face's folders to a checkpoint of ours, and back: one of `hf` and `checkpoint`."""
 
     hf: list[str] = field(default_factory=list)
-    """Folder to read: a LLaVA-1.5, a CLIP, a Llama; or [CLIP,LLAMA], each giving the parts that it has."""
+    """Folder to read: a whole model of any family, a tower, a decoder; or [CLIP,LLAMA], each giving what it has."""
     out: str = MISSING
     """Folder to write; new or empty."""
     part: str = field(default="all", metadata={"choices": ("all", "vision", "language")})
-    """From a checkpoint: the whole model (LlavaForConditionalGeneration), the tower (CLIPVisionModel) or the decoder
-    (LlamaForCausalLM) alone."""
+    """From a checkpoint: the whole model, the tower (as CLIPVisionModel, …) or the decoder (as LlamaForCausalLM, …)
+    alone."""
     dtype: str = field(default="keep", metadata={"choices": ("keep", "float32", "bfloat16", "float16")})
     """Type of the weights written; keep = each as it is, to the bit."""
     max_shard_gb: float = 2.0
     """Largest file of weights, 10^9 bytes; about this much memory is needed."""
-    feature_layer: int = -2
-    """The hidden state to take from a CLIP that stands alone; a LLaVA says it itself."""
+    feature_layer: int | None = None
+    """The hidden state to take from a tower that stands alone; null = -2 of CLIP and SigLIP, -1 of others. A whole
+    model says it itself."""
     template: str = "auto"
     """How a conversation becomes text, written into the checkpoint: a name in `vlm_nemo.data.chat.TEMPLATES`; auto =
-    the one that the folder's chat template is, else vicuna, LLaVA-1.5's."""
+    the one that the folder's chat template is, else the family's."""
+    parity: bool = False
+    """Ask both models about the same image, in fp32: prints and writes to out/parity.json how far the logits are apart.
+    Needs transformers, and memory for the whole model."""
+    image: str | None = field(default=None, metadata={"literal": True})
+    """Of parity: a picture's file; null = a drawn one."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 

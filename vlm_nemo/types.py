@@ -61,7 +61,9 @@ class Images(Generic[Array]):
     """[M] int64, ascending: places in the row's (sample's, prompt's) tokens; for a decoder that looks at images by
     cross-attention [N], the places of the image tokens, and no sources"""
     sources: Array
-    """[M] int64: >= 0 an embedding, -1 - k the projector's extra row k"""
+    """[M] int64: >= 0 an embedding, -1 - k the projector's extra row k; [M, 4] where there are shares"""
+    shares: Array | None = None
+    """[M, 4] float32: how much of each of four sources stands there (LLaVA-OneVision scales many tiles down)"""
 
     @property
     def count(self) -> int:

@@ -200,8 +200,8 @@ def test_text_dropout_drops_as_often_as_it_says() -> None:
     template=st.sampled_from(sorted(TEMPLATES)),
 )
 @settings(deadline=None, max_examples=200)
-def test_text_dropout_never_needs_more_room(tokenizer: Tokenizer, words: list[str], template: str) -> None:
-    text = "".join(words)
+def test_text_dropout_never_needs_more_room(rich: Tokenizer, words: list[str], template: str) -> None:
+    text, tokenizer = "".join(words), rich
     messages: list[Message] = [{"role": "user", "content": text}, {"role": "assistant", "content": "red"}]
     images = [plain(4)] * text.count("<image>")
     dropped = augment_messages(messages, AugmentConfig(text_dropout=1.0), rng())

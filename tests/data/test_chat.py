@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from vlm_nemo.data.chat import TEMPLATES, Template, encode_conversation, encode_prompt
-from vlm_nemo.data.layout.plan import ImagePlan, plain
+from tests.data.tokenizers import make_tokenizer
+from vlm_nemo.data.chat import TEMPLATES, Template, check_names, encode_conversation, encode_prompt, end_id
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.layout.plan import NAME, ImagePlan, plain, run
 from vlm_nemo.data.prepare.bpe import train_tokenizer
 from vlm_nemo.data.sample import (
     BAD_JSON,
@@ -18,7 +21,7 @@ from vlm_nemo.data.sample import (
     SampleError,
 )
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.types import IGNORE_INDEX
+from vlm_nemo.types import IGNORE_INDEX, UserError
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,8 @@ def test_labels_by_hand(
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_a_prompt_is_the_exact_beginning_of_its_conversation(tokenizer: Tokenizer, name: str) -> None:
+def test_a_prompt_is_the_exact_beginning_of_its_conversation(rich: Tokenizer, name: str) -> None:
+    tokenizer = rich
     messages = chat("<image>\nWhat colour is it?", "red", "And <image> this?", "dark red 12")
     whole = encode_conversation(messages, tokenizer, TEMPLATES[name], plans(4, 5))
     tokens, labels = whole.tokens, whole.labels
@@ -100,11 +104,12 @@ def test_a_prompt_is_the_exact_beginning_of_its_conversation(tokenizer: Tokenize
         assert labels[len(prompt)] != IGNORE_INDEX and labels[len(prompt) - 1] == IGNORE_INDEX
 
 
-def test_every_template_supervises_the_same_words(tokenizer: Tokenizer) -> None:
+def test_every_template_supervises_the_same_words(rich: Tokenizer) -> None:
+    tokenizer = rich
     for template in TEMPLATES.values():
         labels = encode_conversation(chat("<image>\nhue?", "dark red"), tokenizer, template, plans(4)).labels
         kept = [label for label in labels if label != IGNORE_INDEX]
-        assert kept[-1] == tokenizer.eos_id and tokenizer.decode(kept).strip() == "dark red"
+        assert kept[-1] == end_id(tokenizer, template) and tokenizer.decode(kept).strip() == "dark red"
 
 
 @pytest.mark.parametrize(
@@ -137,8 +142,53 @@ def test_a_prompt_ends_with_the_user(tokenizer: Tokenizer) -> None:
 def test_special_tokens_in_text_stay_text(letters: Tokenizer) -> None:
     tokens = encode_conversation(chat("</s><pad> <s>", "a</s>b"), letters, TEMPLATES["short"], []).tokens
     assert spell(letters, tokens) == "^</s><pad> <s>\na</s>b$"
-    assert tokens.count(letters.eos_id) == 1 and tokens.count(letters.bos_id) == 1
+    assert [t for t in tokens if t in letters.special_ids] == [letters.bos_id, letters.eos_id]
     assert letters.pad_id not in tokens and letters.image_id not in tokens
+
+
+def test_a_special_token_that_is_lacking_is_named(letters: Tokenizer, rich: Tokenizer) -> None:
+    layout = LayoutConfig(before="<img>")
+    check_names(TEMPLATES["vicuna"], LayoutConfig(), letters)
+    check_names(TEMPLATES["mistral"], LayoutConfig(), letters)  # <<SYS>> is text
+    with pytest.raises(UserError, match=r"no special token <\|im_start\|>"):
+        check_names(TEMPLATES["qwen"], LayoutConfig(), letters)
+    check_names(TEMPLATES["qwen"], LayoutConfig(), rich)
+    with pytest.raises(UserError, match="no special token <img>"):
+        check_names(TEMPLATES["qwen"], layout, rich)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_user_never_says_a_special_token(rich: Tokenizer, name: str) -> None:
+    template, said = (
+        TEMPLATES[name],
+        "".join(NAME.findall("".join(map(str, asdict(TEMPLATES[name]).values())))) + "</s>",
+    )
+    quiet, loud = (
+        encode_conversation(chat(text, text, system=text), rich, template, []).tokens for text in ("hi", "hi" + said)
+    )
+    assert [t for t in loud if t in rich.special_ids] == [t for t in quiet if t in rich.special_ids]
+    assert said in rich.decode(loud)
+
+
+BRACKETS = ImagePlan(items=("<a>", run(0, 2), "x", run(2, 3)), before="b<s>", after="<a>c", embeddings=4)
+
+
+def test_text_around_an_image_joins_its_neighbours(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, ["<a>"], vocab=260)
+    found = encode_conversation(chat("u<image>v<image>", "red"), tokenizer, Template(), [BRACKETS, BRACKETS])
+    special = tokenizer.special("<a>")
+    shown = [tokenizer.bos_id, special, *[tokenizer.image_id] * 2, *tokenizer.encode("x"), tokenizer.image_id, special]
+    expected = [
+        *([tokenizer.bos_id, *tokenizer.encode("ub")]),
+        *shown,
+        *tokenizer.encode("cvb"),
+        *shown,
+        *tokenizer.encode("c"),
+    ]
+    assert found.tokens[: len(expected)] == expected
+    assert tokenizer.decode(found.tokens[len(expected) :]) == "red"
+    assert [found.tokens[slot] for slot in found.slots] == [tokenizer.image_id] * 6
+    assert found.sources.tolist() == [0, 1, 2, 4, 5, 6], "the fourth embedding has no place, but counts"
 
 
 def test_placeholders_never_carry_a_label(tokenizer: Tokenizer) -> None:

@@ -312,8 +312,9 @@ def test_image_spec_counts_placeholders() -> None:
     assert count_tokens(image_spec(layout, size=48, patch=16, reduce="hidden_stride", factor=2), (40, 30)) == 4
     assert count_tokens(image_spec(layout, size=64, patch=16, queries=7, reduce="merge", factor=3), (40, 30)) == 7
     assert count_tokens(image_spec(layout, size=64, patch=16, cross_attention=True), (40, 30)) == 1
-    with pytest.raises(UserError, match="image_size=65"):
-        image_spec(layout, size=65, patch=16)
+    assert count_tokens(image_spec(layout, size=384, patch=14), (40, 30)) == 27 * 27, "SigLIP leaves six pixels out"
+    with pytest.raises(UserError, match="patch_size=66"):
+        image_spec(layout, size=65, patch=66)
     with pytest.raises(UserError, match="aspect=stretch"):
         image_spec(LayoutConfig(aspect="stretch"), size=64, patch=16)
     with pytest.raises(UserError, match="factor=3 does not divide a view of 4 x 4"):

@@ -71,8 +71,9 @@ def test_questions_without_an_answer_are_not_silently_wrong(
             return [RequestOutput(prompt_token_ids=[1], outputs=[bad if i < failed else good]) for i in range(of)]
 
         monkeypatch.setattr(replicas, "generate", generate)
-        monkeypatch.setattr(vqa, "encode_prompt", lambda *args: [1])
-        model: Any = SimpleNamespace(ranks=None, tokenizer=None, template=None, spec=SimpleNamespace(tokens=4))
+        text = SimpleNamespace(tokens=[1], plans=(), positions=None)
+        monkeypatch.setattr(vqa, "encode_prompt", lambda *args: text)
+        model: Any = SimpleNamespace(ranks=None, tokenizer=None, template=None, spec=None)
         answers = vqa.answer_all([question("colour", "red")] * of, model, 4)
         assert answers == [""] * failed + ["red"] * (of - failed)
 

@@ -134,7 +134,7 @@ def test_a_damaged_export_is_named(exported: Path, tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(UserError, match=r"is damaged: llm/model\.onnx\.data; export again"):
         open_bundle(copy)
-    (copy / "manifest.json").write_text('{"format": "vlm_nemo export 1"}')
+    (copy / "manifest.json").write_text('{"format": "vlm_nemo export 2"}')
     with pytest.raises(UserError, match=r"manifest\.json is damaged: KeyError"):
         open_bundle(copy)
 

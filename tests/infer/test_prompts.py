@@ -72,7 +72,7 @@ def test_markers_and_images_must_be_equal(tokenizer: Tokenizer, markers: int, im
         chat_prompt(messages, [PLAN] * images, tokenizer, TEMPLATES["vicuna"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["vicuna", "plain", "short", "mistral"])
 def test_a_chat_is_the_beginning_of_what_was_trained_on(tokenizer: Tokenizer, template: str) -> None:
     messages = [
         {"role": "user", "content": "<image>\nwhat is this?"},

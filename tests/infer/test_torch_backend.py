@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests import tiny
+from tests import compositions, tiny
+from tests.compositions import Composition
 from tests.ranks import run_ranks
 from tests.squares import squares
 from vlm_nemo.data.packing import as_tensors
 from vlm_nemo.infer.backend import Row
+from vlm_nemo.infer.engine import Engine, Prompt
+from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.infer.torch_backend import TorchBackend
-from vlm_nemo.model.batch import model_batch
+from vlm_nemo.model.batch import ModelBatch, model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
@@ -26,6 +30,12 @@ from vlm_nemo.types import Images, UserError
 
 PROMPTS = [(1, 9, 1), (2, 17, 2), (3, 5, 0), (4, 30, 1)]
 """seed, tokens, images"""
+
+
+WORDS: Any = SimpleNamespace(
+    vocab_size=64, image_id=compositions.IMAGE, eos_id=2, special_ids=frozenset(range(64)), decode=lambda ids: ""
+)
+"""A tokenizer that says nothing: ids are what counts here."""
 
 
 @pytest.fixture
@@ -135,6 +145,61 @@ def test_a_cache_that_does_not_fit_says_what_to_lower(chunk: VLM, monkeypatch: p
     monkeypatch.setattr(torch.Tensor, "new_zeros", full)
     with pytest.raises(UserError, match="infer.slots=6 sequences of 64 tokens .* lower infer.slots or infer.context"):
         backend.reserve()
+
+
+PLAIN = Composition(tower="siglip", reduction="none", projector="mlp", language="llama")
+ZOO = {name: replace(PLAIN, language=name) for name in ("mistral", "qwen3", "gemma3")}
+ZOO["qwen2_vl"] = replace(PLAIN, language="qwen2_vl", tower="qwen2_vit", reduction="merge", layout="native")
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_kind_of_decoder_goes_on_from_its_prompt(name: str) -> None:
+    """Windows, images that see themselves whole, and positions that go on behind an image's rows and columns: a prompt
+    and three more tokens through the cache, against a whole forward that has no cache."""
+    cfg = ZOO[name].config()
+    (row,) = compositions.rows(cfg, 1, seed=5, capacity=120, images=[(2,)])
+    length = row.used_tokens
+    prompt = row.positions[:, :length]
+    assert (prompt[0] != prompt[1]).any() == (name == "qwen2_vl") and row.images.count == 2
+    with device.adapter(), torch.no_grad():
+        groups.start(ParallelConfig(), seed=0)
+        (built,) = build_model(cfg, ParallelConfig(), "fp32", seed=3)
+        built.eval()
+        backend = TorchBackend(built, cfg, groups.lay_out(ParallelConfig(), 0), compositions.IMAGE, 2, 120)
+        images = arrays(row.images)
+        asked = Prompt(
+            tokens=row.tokens[:length].tolist(), images=lambda: images, image_count=2, positions=prompt.numpy()
+        )
+        params = SamplingParams(max_tokens=4, ignore_eos=True, logprobs=0)
+        (answer,) = Engine(backend, WORDS).generate([asked], params)[0].outputs
+        assert answer.error is None and answer.logprobs is not None
+        for step, (token, said) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+            more = torch.tensor(answer.token_ids[:step], dtype=torch.int64)
+            positions = torch.cat((prompt, prompt.max() + 1 + torch.arange(step).expand(3, -1)), dim=1)
+            whole = replace(
+                row,
+                tokens=torch.cat((row.tokens[:length], more)),
+                labels=torch.full((length + step,), -100),
+                positions=positions,
+                cu_seqlens=torch.tensor([0, length + step], dtype=torch.int32),
+                used_tokens=length + step,
+            )
+            batch = model_batch(whole, cfg, image_token=compositions.IMAGE, device=device.device())
+            logits = built(batch, gather_logits=True)[0, -1]
+            logits[compositions.IMAGE] = -torch.inf
+            assert token == int(logits.argmax())
+            assert said.logprob == pytest.approx(built_logprob(built, batch, token), abs=1e-4)
+        groups.stop()
+
+
+def arrays(images: Images[torch.Tensor]) -> Images[Any]:
+    """As generation takes them."""
+    found = {field.name: getattr(images, field.name) for field in fields(Images)}
+    return Images(**{name: None if tensor is None else tensor.numpy() for name, tensor in found.items()})
+
+
+def built_logprob(built: VLM, batch: ModelBatch, token: int) -> float:
+    return float(built(batch, gather_logits=True)[0, -1].log_softmax(-1)[token])
 
 
 def on_ranks(layout: dict[str, int]) -> list[list[float]]:

@@ -27,7 +27,8 @@ from vlm_nemo.model.segments import Segments, make_segments
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import optim, step
 from vlm_nemo.train.config import OptimConfig
-from vlm_nemo.weights.transforms import GATE_UP, QKV, Sizes
+from vlm_nemo.weights.names.languages import DECODER, HEAD_NAME
+from vlm_nemo.weights.transforms import Sizes
 
 V, D, LAYERS = 64, 32, 4
 IMAGE = 60
@@ -342,47 +343,27 @@ def build(kind: Kind, hf: nn.Module, parallel: ParallelConfig) -> list[TextModel
     chunks = [TextModel(kind.cfg, parallel, stage) for stage in stages]
     parameters = local_parameters(chunks)
     mark_split(parameters)
+    values = table(kind, hf)
     with torch.no_grad():
         for local in parameters:
             for box, view in local.pieces(local.parameter.data):
-                value = global_value(box.key, kind, hf)
-                assert value.shape == box.global_shape, (box.key, value.shape, box.global_shape)
-                view.copy_(value[box.slices])
+                assert values[box.key].shape == box.global_shape, box.key
+                view.copy_(values[box.key][box.slices])
     return chunks
 
 
-def global_value(key: str, kind: Kind, hf: nn.Module) -> Tensor:
-    """One of our tensors, whole, from transformers' weights."""
-    theirs = hf.state_dict()
-    cfg, p = kind.cfg, kind.prefix
-    if key == "language.embedding.word_embeddings.weight":
-        return theirs[p + "embed_tokens.weight"]
-    if key == "language.output_layer.weight":
-        return theirs["lm_head.weight"]
-    if key == "language.decoder.final_layernorm.weight":
-        return theirs[p + "norm.weight"]
-    _, _, _, layer, name = key.split(".", 4)
-    name, end = name.rsplit(".", 1)
-    p += f"layers.{layer}."
-    if name == "self_attention.linear_qkv":
-        sizes = Sizes(heads=cfg.num_heads, kv_heads=cfg.num_kv_heads)
-        return QKV.join([theirs[f"{p}self_attn.{x}_proj.{end}"] for x in "qkv"], sizes)
-    if name == "mlp.linear_fc1":
-        return GATE_UP.join([theirs[f"{p}mlp.{x}_proj.{end}"] for x in ("gate", "up")], Sizes())
-    sandwich = {
-        "post_attention_layernorm": "post_attention_layernorm",
-        "pre_mlp_layernorm": "pre_feedforward_layernorm",
-        "post_mlp_layernorm": "post_feedforward_layernorm",
+def table(kind: Kind, hf: nn.Module) -> dict[str, Tensor]:
+    """Our tensors, whole, from transformers' weights, by the names that `convert` goes by."""
+    cfg, theirs = kind.cfg, hf.state_dict()
+    sizes = Sizes(heads=cfg.num_heads, kv_heads=cfg.num_kv_heads)
+
+    def tensor(name: str) -> Tensor:
+        return theirs[name if name == HEAD_NAME else kind.prefix + name.removeprefix("model.")]
+
+    return {
+        entry.ours: entry.transform.join([tensor(name) for name in entry.theirs], entry.sizes)
+        for entry in DECODER.entries("language", cfg, cfg.num_layers, sizes)
     }
-    names = {
-        "input_layernorm": "input_layernorm",
-        "self_attention.linear_proj": "self_attn.o_proj",
-        "self_attention.q_layernorm": "self_attn.q_norm",
-        "self_attention.k_layernorm": "self_attn.k_norm",
-        "mlp.linear_fc2": "mlp.down_proj",
-        "pre_mlp_layernorm": "post_attention_layernorm",
-    }
-    return theirs[f"{p}{(names | (sandwich if cfg.sandwich_norm else {}))[name]}.{end}"]
 
 
 def row(kind: Kind, samples: Sequence[Sample], capacity: int) -> TextBatch:

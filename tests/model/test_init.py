@@ -30,3 +30,12 @@ def test_a_piece_is_cut_from_the_whole() -> None:
     whole = value("vision.patch_weight")
     assert torch.equal(value("vision.patch_weight", box=(50, 80), offset=(100, 80)), whole[100:150, 80:])
     assert not torch.equal(whole, value("vision.position"))
+
+
+def test_a_norm_that_adds_one_starts_at_zero() -> None:
+    cfg = tiny_model()
+    key = "language.decoder.layers.0.self_attention.q_layernorm.weight"
+    assert (value(key, cfg) == 1).all()
+    cfg.language.norm_plus_one = True
+    assert (value(key, cfg) == 0).all()
+    assert (value("vision.pre_norm.weight", cfg) == 1).all(), "of the language model only"

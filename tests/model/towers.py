@@ -1,4 +1,4 @@
-"""Tiny towers: our configuration of each, transformers' class with random weights, and how the weights come over."""
+"""Tiny towers as transformers' classes with random weights, and how their weights come over to ours."""
 
 from __future__ import annotations
 
@@ -11,42 +11,38 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
 from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_window_index
-from vlm_nemo.weights.names.rows import Table
-from vlm_nemo.weights.names.towers import TOWERS as NAMES
 
-from vlm_nemo.model.boxes import local_parameters
+from tests.model import parts, pieces
+from tests.model.parts import PATCH, SQUARE
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.views import Grid
 from vlm_nemo.model.vision import VisionTower, layers_used
+from vlm_nemo.weights.names.towers import TOWERS as NAMES
 from vlm_nemo.weights.transforms import Sizes
-
-PATCH, SQUARE = 4, 20
-"""Pixels: patches of 4, an image of 5 x 5."""
 
 
 @dataclass(frozen=True)
 class Twin:
     """A tower twice."""
 
-    cfg: VisionConfig
-    table: Table
+    table: str
+    """Of names, in `weights.names.towers`"""
     build: Callable[[], nn.Module]
     """transformers' class"""
     run: Callable[[Any, Tensor], Tensor]
     """Its features [N, D] of one view [3, H, W], colours already normalised."""
     any_grid: bool = True
     """Whether transformers' class takes other grids than its own."""
-
-
-def config(**given: Any) -> VisionConfig:
-    sizes = dict(image_size=SQUARE, patch_size=PATCH, hidden_size=32, num_layers=3, num_heads=4, ffn_hidden_size=48)
-    return VisionConfig(**{**sizes, **given})
 
 
 def hidden_state(index: int) -> Callable[[Any, Tensor], Tensor]:
@@ -63,7 +59,7 @@ def last(model: Any, view: Tensor) -> Tensor:
     return model(view[None], interpolate_pos_encoding=True).last_hidden_state[0]
 
 
-def plain(model: Any, view: Tensor) -> Tensor:
+def own_grid(model: Any, view: Tensor) -> Tensor:
     return model(view[None]).last_hidden_state[0]
 
 
@@ -85,10 +81,6 @@ def qwen(model: Any, view: Tensor) -> Tensor:
     return features.view(rows // 2, columns // 2, 2, 2, -1).transpose(1, 2).reshape(rows * columns, -1)
 
 
-def ovis(model: Any, view: Tensor) -> Tensor:
-    return model(view[None]).last_hidden_state[0]
-
-
 SIZES = dict(
     image_size=SQUARE,
     patch_size=PATCH,
@@ -97,8 +89,6 @@ SIZES = dict(
     num_attention_heads=4,
     intermediate_size=48,
 )
-SIGLIP = dict(class_token=False, patch_bias=True, pre_norm=False, post_norm=True, activation="gelu_tanh", norm_eps=1e-6)
-QWEN = dict(class_token=False, pre_norm=False, position="rope", temporal_patch_size=2, feature_layer=-1, norm_eps=1e-6)
 
 
 def clip() -> nn.Module:
@@ -114,107 +104,47 @@ def internvit(**given: Any) -> nn.Module:
     return InternVLVisionModel(transformers.InternVLVisionConfig(**sizes, **given))
 
 
+def qwen2_vl() -> nn.Module:
+    return Qwen2VisionTransformerPretrainedModel(
+        Qwen2VLVisionConfig(depth=3, embed_dim=32, hidden_size=16, num_heads=4, mlp_ratio=2, patch_size=PATCH)
+    )
+
+
+def qwen2_5_vl() -> nn.Module:
+    return Qwen2_5_VisionTransformerPretrainedModel(
+        Qwen2_5_VLVisionConfig(
+            depth=3,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=4,
+            patch_size=PATCH,
+            out_hidden_size=16,
+            window_size=4 * PATCH,
+            fullatt_block_indexes=[1],
+        )
+    )
+
+
 TWINS = {
-    "clip": Twin(config(keep_class_token=True, feature_layer=-2), NAMES["clip"], clip, hidden_state(-2)),
-    "clip_patches": Twin(config(feature_layer=-1), NAMES["clip"], clip, lambda m, x: hidden_state(-1)(m, x)[1:]),
-    "siglip": Twin(config(**SIGLIP, feature_layer=-1), NAMES["siglip"], siglip, last),
-    "siglip_inner": Twin(
-        config(**{**SIGLIP, "post_norm": False}, feature_layer=-2), NAMES["siglip"], siglip, hidden_state(-2)
-    ),
-    "idefics3": Twin(
-        config(**SIGLIP, feature_layer=-1),
-        NAMES["siglip"],
-        lambda: Idefics3VisionTransformer(
-            transformers.models.idefics3.configuration_idefics3.Idefics3VisionConfig(**SIZES)
-        ),
-        plain,
-        any_grid=False,
-    ),
+    "clip": Twin("clip", clip, hidden_state(-2)),
+    "clip_patches": Twin("clip", clip, lambda model, view: hidden_state(-1)(model, view)[1:]),
+    "siglip": Twin("siglip", siglip, last),
+    "siglip_inner": Twin("siglip", siglip, hidden_state(-2)),
+    "idefics3": Twin("siglip", lambda: Idefics3VisionTransformer(Idefics3VisionConfig(**SIZES)), own_grid, False),
     "internvit_300m": Twin(
-        config(patch_bias=True, pre_norm=False, layer_scale=0.1, activation="gelu", feature_layer=-1, norm_eps=1e-6),
-        NAMES["internvit"],
-        lambda: internvit(attention_bias=True),
-        lambda m, x: plain(m, x)[1:],
+        "internvit", lambda: internvit(attention_bias=True), lambda model, view: own_grid(model, view)[1:]
     ),
     "internvit_6b": Twin(
-        config(
-            patch_bias=True,
-            pre_norm=False,
-            layer_scale=0.1,
-            activation="gelu",
-            feature_layer=-1,
-            norm="rmsnorm",
-            norm_eps=1e-6,
-            qk_norm=True,
-            qkv_bias=False,
-        ),
-        NAMES["internvit"],
+        "internvit",
         lambda: internvit(attention_bias=False, use_qk_norm=True, norm_type="rms_norm"),
-        lambda m, x: plain(m, x)[1:],
+        lambda model, view: own_grid(model, view)[1:],
     ),
-    "qwen2_vl": Twin(
-        config(**QWEN, activation="quick_gelu", ffn_hidden_size=64),
-        NAMES["qwen2_vl"],
-        lambda: Qwen2VisionTransformerPretrainedModel(
-            transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(
-                depth=3, embed_dim=32, hidden_size=16, num_heads=4, mlp_ratio=2, patch_size=PATCH
-            )
-        ),
-        qwen,
-    ),
-    "qwen2_5_vl": Twin(
-        config(**QWEN, activation="silu", gated=True, norm="rmsnorm", window=4 * PATCH, full_attention_layers=[1]),
-        NAMES["qwen2_5_vl"],
-        lambda: Qwen2_5_VisionTransformerPretrainedModel(
-            transformers.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig(
-                depth=3,
-                hidden_size=32,
-                intermediate_size=48,
-                num_heads=4,
-                patch_size=PATCH,
-                out_hidden_size=16,
-                window_size=4 * PATCH,
-                fullatt_block_indexes=[1],
-            )
-        ),
-        qwen,
-    ),
-    "aimv2": Twin(
-        config(
-            class_token=False,
-            patch_bias=True,
-            patch_norm=True,
-            pre_norm=False,
-            post_norm=True,
-            feature_layer=-1,
-            gated=True,
-            activation="silu",
-            norm="rmsnorm",
-            qkv_bias=False,
-            bias=False,
-        ),
-        NAMES["aimv2"],
-        lambda: Ovis2VisionModel(
-            transformers.models.ovis2.configuration_ovis2.Ovis2VisionConfig(**SIZES, vocab_size=16)
-        ),
-        ovis,
-        any_grid=False,
-    ),
-    "eva": Twin(
-        config(
-            patch_bias=True,
-            pre_norm=False,
-            post_norm=True,
-            feature_layer=-1,
-            keep_class_token=True,
-            activation="gelu",
-            norm_eps=1e-6,
-        ),
-        NAMES["eva"],
-        lambda: Blip2VisionModel(transformers.Blip2VisionConfig(**SIZES)),
-        last,
-    ),
+    "qwen2_vl": Twin("qwen2_vl", qwen2_vl, qwen),
+    "qwen2_5_vl": Twin("qwen2_5_vl", qwen2_5_vl, qwen),
+    "aimv2": Twin("aimv2", lambda: Ovis2VisionModel(Ovis2VisionConfig(**SIZES, vocab_size=16)), own_grid, False),
+    "eva": Twin("eva", lambda: Blip2VisionModel(transformers.Blip2VisionConfig(**SIZES)), last),
 }
+"""By the names of `parts.TOWERS`."""
 
 
 @functools.cache
@@ -228,28 +158,13 @@ def random_twin(name: str) -> Any:
     return model
 
 
-def load(tower: VisionTower, twin: Twin, model: nn.Module) -> None:
-    """Through the table of names that `convert` uses; of the whole tensors, what this rank holds."""
-    state = {n.removeprefix("vision_model.").removeprefix("transformer."): t for n, t in model.state_dict().items()}
-    cfg = twin.cfg
+def load(tower: VisionTower, name: str) -> None:
+    """Through the table of names that `convert` uses."""
+    cfg = parts.TOWERS[name]
+    states = random_twin(name).state_dict()
+    state = {n.removeprefix("vision_model.").removeprefix("transformer."): t for n, t in states.items()}
     sizes = Sizes(heads=cfg.num_heads, kv_heads=cfg.num_heads, patch=cfg.patch_size, frames=cfg.temporal_patch_size)
-    entries = {e.ours: e for e in twin.table.entries("vision", cfg, layers_used(cfg), sizes)}
-    parameters = local_parameters([tower])
-    assert {f"vision.{p.boxes[0].key}" for p in parameters} == set(entries)
-    with torch.no_grad():
-        for local in parameters:
-            for box, piece in local.pieces(local.parameter.data):
-                entry = entries[f"vision.{box.key}"]
-                whole = entry.transform.join([state[name] for name in entry.theirs], entry.sizes)
-                assert whole.shape == box.global_shape, box.key
-                piece.copy_(whole[box.slices])
-
-
-def random_patches(grids: list[Grid]) -> Tensor:
-    """[P, p*p*3] uint8"""
-    generator = torch.Generator().manual_seed(1)
-    count = sum(h * w for h, w in grids)
-    return torch.randint(0, 256, (count, 3 * PATCH**2), generator=generator, dtype=torch.uint8)
+    pieces.load(tower, "vision", state, NAMES[TWINS[name].table].entries("vision", cfg, layers_used(cfg), sizes))
 
 
 def pictures(patches: Tensor, grids: list[Grid], cfg: VisionConfig) -> list[Tensor]:

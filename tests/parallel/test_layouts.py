@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "pp2_vpp2": (2, dict(pipeline=2, virtual=2, distributed_optimizer=False)),
     "dp2": (2, dict(distributed_optimizer=False)),
     "dp2_distopt": (2, dict(distributed_optimizer=True)),
+    "tp4": (4, dict(tensor=4, distributed_optimizer=False)),  # two ranks a key/value head
     "tp2_pp2": (4, dict(tensor=2, pipeline=2, sequence=True, distributed_optimizer=True)),
 }
 STEPS, ROWS = 5, 4

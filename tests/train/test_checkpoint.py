@@ -156,3 +156,16 @@ def test_resumable_sets_the_damaged_one_aside(tmp_path: Path, ranks: Ranks) -> N
     found = checkpoint.resumable(tmp_path, ranks)
     assert found is not None and found.path.name == "step_000001"
     assert (tmp_path / ".step_000002.damaged").is_dir() and not (tmp_path / "step_000002").exists()
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    """Its patches would be read in the wrong order, without a word."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "a").write_text("x")
+    (tmp_path / "state.json").write_text("{}")
+    checkpoint.write_manifest(tmp_path)
+    assert checkpoint.verify(tmp_path) == []
+    file = tmp_path / "manifest.json"
+    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match="checkpoint of format 1, this version reads 2: .* vlm-nemo convert"):
+        checkpoint.verify(tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from vlm_nemo.config import Config, build, compose, group_choices
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.weights.config import hf_config_of
+from vlm_nemo.weights.configs.common import Words
 from vlm_nemo.weights.families import FAMILIES
 
 NAMES = [name for name in group_choices("model") if name != "tiny"]
@@ -33,6 +36,11 @@ class FakeWords:
 
 
 def published(name: str) -> ModelConfig:
+    return deepcopy(_published(name))
+
+
+@lru_cache
+def _published(name: str) -> ModelConfig:
     return build(compose("train", Config, [f"model={name}"]), Config).model
 
 
@@ -43,8 +51,8 @@ def hf_config(content: dict[str, Any]) -> transformers.PretrainedConfig:
         return transformers.AutoConfig.from_pretrained(folder)
 
 
-def hf_model(cfg: ModelConfig, device: str = "cpu") -> nn.Module:
+def hf_model(cfg: ModelConfig, device: str = "cpu", words: Words | None = None) -> nn.Module:
     """transformers' class of a model, its own initial weights (or none, device="meta")."""
-    config = hf_config(hf_config_of(cfg, FakeWords()))
+    config = hf_config(hf_config_of(cfg, words or FakeWords()))
     with torch.device(device):
         return getattr(transformers, FAMILIES[cfg.family].architecture)(config)

@@ -16,7 +16,6 @@ from vlm_nemo import cli
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.train import checkpoint, tensors
 from vlm_nemo.train.origin import checkpoint_config
-from vlm_nemo.weights.hf import HFFolder
 
 
 def save_clip(folder: Path, kind: str) -> None:
@@ -45,8 +44,9 @@ def save_llama(folder: Path) -> int:
 def test_a_vision_tower_alone(tmp_path: Path, kind: str) -> None:
     save_clip(tmp_path / "clip", kind)
     convert(f"hf={tmp_path}/clip", f"out={tmp_path}/ours")
-    saved = checkpoint_config(tmp_path / "ours")["model"]["vision"]
-    assert (saved["aspect"], saved["feature_layer"], saved["num_layers"]) == ("crop", -2, 3)
+    saved = checkpoint_config(tmp_path / "ours")["model"]
+    assert saved["layout"]["aspect"] == "crop"
+    assert (saved["vision"]["feature_layer"], saved["vision"]["num_layers"]) == (-2, 3)
     convert(f"checkpoint={tmp_path}/ours", f"out={tmp_path}/back", "part=vision")
     given = {k: v for k, v in state(tmp_path / "clip").items() if not k.startswith(("text_", "logit", "visual_"))}
     same(
@@ -125,9 +125,8 @@ def test_another_type_of_numbers(tmp_path: Path) -> None:
     assert checkpoint_config(tmp_path / "ours")["precision"] == "bf16"
     convert(f"checkpoint={tmp_path}/ours", f"out={tmp_path}/back", "dtype=float16")
     assert {t.dtype for t in load_file(tmp_path / "back" / "model.safetensors").values()} == {torch.float16}
-    folder = HFFolder(tmp_path / "hf")
     name = "language_model.model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(state(tmp_path / "back")[name], folder.tensor(name).bfloat16().half())
+    assert torch.equal(state(tmp_path / "back")[name], state(tmp_path / "hf")[name].bfloat16().half())
 
 
 def test_our_template_is_known_again(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from vlm_nemo import cli
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.types import UserError
+from vlm_nemo.weights.config import check_exportable, model_config_of
 from vlm_nemo.weights.hf import HFFolder, load_hf_weights
-from vlm_nemo.weights.llava_config import check_exportable, model_config_of
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ TOP, TEXT, VISION = "", "text_config", "vision_config"
 @pytest.mark.parametrize(
     ("section", "field", "value", "says"),
     [
-        (TEXT, "rope_scaling", {"type": "linear", "factor": 2.0}, "(language): rope_scaling={'type': 'linear', 'fact"),
-        (TEXT, "rope_parameters", {"rope_type": "llama3"}, "rope_parameters.rope_type='llama3'"),
+        (TEXT, "rope_scaling", {"type": "yarn", "factor": 2.0}, "(language): rope_scaling.rope_type='yarn' is not s"),
+        (TEXT, "rope_parameters", {"rope_type": "longrope"}, "rope_parameters.rope_type='longrope'"),
         (TEXT, "attention_bias", True, "(language): attention_bias=True is not something this version does; it does F"),
         (TEXT, "mlp_bias", True, "mlp_bias=True"),
         (
@@ -61,12 +61,32 @@ TOP, TEXT, VISION = "", "text_config", "vision_config"
             "gelu",
             "(language): hidden_act='gelu' is not something this version does; it does 'silu",
         ),
-        (TEXT, "head_dim", 16, "head_dim=16 is not something this version does; it does hidden_size / heads = 8"),
-        (TEXT, "model_type", "mistral", "(language): model_type='mistral'"),
+        (
+            TEXT,
+            "head_dim",
+            16,
+            "other shapes than its config.json says: language_model.model.layers.0.self_attn.k_p",
+        ),
+        (
+            TEXT,
+            "model_type",
+            "gpt2",
+            "(language): model_type='gpt2' is not something this version does; it does 'l",
+        ),
         (TEXT, "tie_word_embeddings", True, "tie_word_embeddings=True, but its lm_head differs from its embedding"),
-        (TEXT, "vocab_size", 384, "vocab_size=384, but language_model.model.embed_tokens.weight has 320 rows"),
-        (TEXT, "num_hidden_layers", 3, "has no tensor language_model.model.layers.2.input_layernorm.weight, which its"),
-        (TEXT, "num_hidden_layers", 1, "tensor language_model.model.layers.1.input_layernorm.weight and 8 more: LLaVA"),
+        (TEXT, "vocab_size", 384, "language_model.model.embed_tokens.weight [320, 32] instead of [384, 32]"),
+        (
+            TEXT,
+            "num_hidden_layers",
+            3,
+            "it lacks 9 tensors (language_model.model.layers.2.input_layernorm.weight, ",
+        ),
+        (
+            TEXT,
+            "num_hidden_layers",
+            1,
+            "it has 9 tensors (language_model.model.layers.1.input_layernorm.weight, la",
+        ),
         (
             VISION,
             "hidden_act",
@@ -81,15 +101,21 @@ TOP, TEXT, VISION = "", "text_config", "vision_config"
         (TOP, "vision_feature_select_strategy", "cls", "vision_feature_select_strategy='cls'"),
         (TOP, "projector_hidden_act", "relu", "projector_hidden_act='relu'"),
         (TOP, "quantization_config", {"bits": 4}, "quantization_config={'bits': 4}"),
-        (TOP, "multimodal_projector_bias", False, "multimodal_projector_bias=False"),
-        (TOP, "image_token_index", 7, "image_token_index=7, but the tokenizer's <image> is 3; they must be equal"),
+        (TOP, "multimodal_projector_bias", False, "it has 2 tensors (multi_modal_projector.linear_1.bias, multi_moda"),
+        (TOP, "projector_hidden_act", "linear", "two linear layers without an activation between; the second must be"),
+        (TOP, "image_token_index", 7, "the image token is 7, but tokenizer.json has no added token of that id"),
         (
             TOP,
             "architectures",
-            ["LlavaNextForConditionalGeneration"],
-            "holds a LlavaNextForConditionalGeneration; ",
+            ["Idefics2ForConditionalGeneration"],
+            "holds a Idefics2ForConditionalGeneration; ",
         ),
-        (TOP, "architectures", ["LlamaForCausalLM"], "has no place in a LlamaForCausalLM"),
+        (
+            TOP,
+            "architectures",
+            ["LlamaForCausalLM"],
+            "82 tensors (language_model.lm_head.weight, language_model.model.embed",
+        ),
     ],
 )
 def test_a_configuration_that_is_another_model(
@@ -105,7 +131,7 @@ def test_a_configuration_that_is_another_model(
     ("field", "value", "says"),
     [
         ("do_normalize", False, "do_normalize=False is not something this version does; it does true"),
-        ("resample", 2, "resample=2 is not something this version does; it does 3 (bicubic)"),
+        ("resample", 0, "resample=0 is not something this version does; it does 1 (lanczos), 2 (bilinear), 3 (bicu"),
         ("rescale_factor", 1.0, "rescale_factor=1.0"),
         ("size", {"shortest_edge": 32}, "the vision tower takes squares of 16 pixels"),
     ],
@@ -187,10 +213,12 @@ def test_a_damaged_checkpoint(good: Path, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("part", "field", "value", "says"),
     [
-        ("vision", "class_token", False, "model.vision.class_token=false: .* CLIP has class token"),
+        ("vision", "class_token", False, r"no such model: model.vision.class_token=false \(it has true\)"),
         ("vision", "pre_norm", False, "model.vision.pre_norm=false"),
-        ("projector", "num_layers", 1, "model.projector.num_layers=1: .* its projector has 2 layers"),
-        ("megatron", "qk_layernorm", True, "model.megatron.qk_layernorm=True: .* Llama has no such field"),
+        ("projector", "kind", "perceiver", r"model.projector.kind=perceiver \(it has mlp\)"),
+        ("reduce", "kind", "merge", r"model.reduce.kind=merge \(it has none\)"),
+        ("language", "norm_plus_one", True, "model.language.norm_plus_one=true"),
+        ("megatron", "qk_layernorm", True, r"model.megatron.qk_layernorm=true \(it has no such field\)"),
     ],
 )
 def test_a_model_that_has_no_class_there(part: str, field: str, value: Any, says: str) -> None:

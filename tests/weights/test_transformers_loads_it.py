@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,35 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.weights import twins
+from tests.weights import twins, zoo
 from tests.weights.test_round_trip import convert, same, state
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation, encode_prompt
-from vlm_nemo.data.image import decode_image
+from vlm_nemo.data.config import LayoutConfig
+from vlm_nemo.data.image import decode_images, plan_images
+from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.spec import image_spec
 from vlm_nemo.data.packing import pack_batch
-from vlm_nemo.data.sample import EncodedSample
+from vlm_nemo.data.sample import EncodedSample, Message
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.vision import spec_of
+from vlm_nemo.model.layout import spec_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint
 from vlm_nemo.train.origin import checkpoint_config, model_config
-from vlm_nemo.weights.words import export_tokenizer, import_tokenizer
+from vlm_nemo.weights.config import hf_config_of
+from vlm_nemo.weights.families import FAMILIES
+from vlm_nemo.weights.parity import hf_inputs
+from vlm_nemo.weights.preprocessing import preprocessor_config, processor_config, read_preprocessing
+from vlm_nemo.weights.words import export_tokenizer, import_tokenizer, template_of
 
 QUESTION = "What colour is the star?"
+
+
+ONE = image_spec(LayoutConfig(aspect="squash"), size=8, patch=8)
+"""An image of one placeholder, as a chat template has it."""
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -46,30 +58,18 @@ def png(image: Image.Image) -> bytes:
     return held.getvalue()
 
 
-def our_logits(step: Path, cfg: ModelConfig, tokens: list[int], images: Sequence[torch.Tensor]) -> torch.Tensor:
+def our_logits(step: Path, cfg: ModelConfig, sample: EncodedSample) -> torch.Tensor:
     """[T, V] of one conversation, by the model of a checkpoint."""
-    tokenizer, spec = Tokenizer(step / "tokenizer"), spec_of(cfg.vision)
-    sample = EncodedSample(tokens=tokens, labels=[-100] * len(tokens), images=torch.stack(list(images)))
-    row = pack_batch([sample], len(tokens), tokenizer.pad_id, spec.size)
+    tokenizer = Tokenizer(step / "tokenizer")
+    row = pack_batch([sample], len(sample.tokens), tokenizer.pad_id, cfg.vision.patch_size)
     with device.adapter(), torch.no_grad():
         groups.start(ParallelConfig(), seed=0)
         (model,) = build_model(cfg, ParallelConfig(), "fp32", 0, fresh=())
         checkpoint.load_weights(step, [model])
-        batch = model_batch(
-            row,
-            image_token=tokenizer.image_id,
-            tokens_per_image=spec.tokens,
-            image_size=spec.size,
-            device=device.device(),
-        )
+        batch = model_batch(row, cfg, image_token=tokenizer.image_id, device=device.device())
         logits = model.eval()(batch, gather_logits=True)[0]
         groups.stop()
     return logits
-
-
-def normalised(images: Sequence[torch.Tensor], cfg: ModelConfig) -> torch.Tensor:
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (cfg.vision.mean, cfg.vision.std))
-    return torch.stack([(image.float() - mean) / std for image in images])
 
 
 def load(folder: Path) -> Any:
@@ -99,8 +99,8 @@ def test_logits_ids_and_pixels_are_ours(tmp_path: Path, variant: str, aspect: st
     convert(f"checkpoint={tmp_path}/ours", f"out={tmp_path}/back")
     step = tmp_path / "ours"
     cfg = model_config(checkpoint_config(step))
-    assert cfg.vision.aspect == aspect
-    spec, tokenizer = spec_of(cfg.vision), Tokenizer(step / "tokenizer")
+    assert cfg.layout.aspect == aspect
+    spec, tokenizer = spec_of(cfg), Tokenizer(step / "tokenizer")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
     model = load(tmp_path / "back")
     for width, height, within in ((twins.SIZE, twins.SIZE, 0), (40, 24, 2), (20, 36, 2)):
@@ -113,27 +113,26 @@ def test_logits_ids_and_pixels_are_ours(tmp_path: Path, variant: str, aspect: st
             return_dict=True,
             return_tensors="pt",
         )
-        prompt = "<image>\n<image>\n" + QUESTION
-        tokens = encode_prompt(
-            [{"role": "user", "content": prompt}], tokenizer, TEMPLATES["vicuna"], [spec.tokens, spec.tokens]
-        )
-        assert inputs["input_ids"][0].tolist() == tokens
-        images = [torch.from_numpy(decode_image(png(p), spec)) for p in pictures]
+        files = [png(p) for p in pictures]
+        asked: list[Message] = [{"role": "user", "content": "<image>\n<image>\n" + QUESTION}]
+        text = encode_prompt(asked, tokenizer, TEMPLATES["vicuna"], plan_images(files, spec))
+        assert inputs["input_ids"][0].tolist() == text.tokens
+        images = decode_images(files, text, spec)
+        sample = EncodedSample(tokens=text.tokens, labels=text.labels, images=images)
+        given = hf_inputs(cfg, sample, [p.size for p in pictures], tokenizer.image_id)
         std = torch.tensor(cfg.vision.std).view(3, 1, 1) * 255
-        levels = (inputs["pixel_values"] - normalised(images, cfg)) * std
+        levels = (inputs["pixel_values"] - given["pixel_values"]) * std
         assert levels.abs().max() <= within + 1e-3
         if within:
             continue
         with torch.no_grad():
-            given = dict(input_ids=torch.tensor([tokens]), pixel_values=normalised(images, cfg))
             theirs = model(**given).logits[0]
             before = original(**given).logits[0]
-        ours = our_logits(step, cfg, tokens, images)
-        assert (ours - theirs).abs().max() < 1e-4
+        assert (our_logits(step, cfg, sample) - theirs).abs().max() < 1e-4
         assert torch.equal(theirs, before)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", ["vicuna", "plain", "short"])
 @pytest.mark.parametrize("kind", ["byte level", "always", "first"])
 def test_the_chat_template_says_what_training_saw(tmp_path: Path, name: str, kind: str) -> None:
     if kind == "byte level":
@@ -158,10 +157,71 @@ def test_the_chat_template_says_what_training_saw(tmp_path: Path, name: str, kin
     for messages in (one, more[1:3], more) if whole else (one,):
         prompt = messages[-1]["role"] == "user"
         asked = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-        encode = encode_prompt if prompt else lambda *words: encode_conversation(*words)[0]
-        assert asked == encode(messages, ours, TEMPLATES[name], [1])
+        encode = encode_prompt if prompt else encode_conversation
+        plans = [plan_image(ONE, (8, 8))] * sum(m["content"].count("<image>") for m in messages)
+        assert asked == encode(messages, ours, TEMPLATES[name], plans).tokens
     parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, {"type": "image"}]}]
     assert theirs.apply_chat_template(parts, tokenize=False) == theirs.apply_chat_template(one, tokenize=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_s_chat_template_says_what_training_saw(tmp_path: Path, family: str) -> None:
+    ours, template = zoo.write_words(tmp_path / "ours", family), TEMPLATES[FAMILIES[family].template]
+    export_tokenizer(ours, tmp_path / "back", template, family)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    turns: list[Any] = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "It is red."},
+        {"role": "user", "content": "Two shapes?"},
+    ]
+    for messages in (turns[:1], turns[:2], turns, [{"role": "system", "content": "Be brief."}, *turns]):
+        prompt = messages[-1]["role"] == "user"
+        asked = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+        encode = encode_prompt if prompt else encode_conversation
+        assert asked == encode(messages, ours, template, []).tokens
+    mark = FAMILIES[family].image_text.strip("\n")
+    for content in ([{"type": "image"}, {"type": "text", "text": QUESTION}], f"<image>\n{QUESTION}"):
+        said = theirs.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        assert said.count(mark) == 1 if mark else "<image>" not in said
+        assert said.index(QUESTION) >= said.index(mark)
+    assert template_of(tmp_path / "back") == FAMILIES[family].template
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_s_processor_is_found(tmp_path: Path, family: str) -> None:
+    """By AutoProcessor; where its class has a part for videos, which needs torchvision, by its other parts."""
+    name = next(name for name in zoo.MODELS if zoo.config(name).family == family)
+    cfg, words = zoo.config(name), zoo.write_words(tmp_path / "words", family)
+    back = tmp_path / "back"
+    export_tokenizer(words, back, TEMPLATES[FAMILIES[family].template], family)
+    for file, content in (
+        ("config", hf_config_of(cfg, words)),
+        ("preprocessor_config", preprocessor_config(cfg)),
+        ("processor_config", processor_config(cfg)),
+    ):
+        (back / f"{file}.json").write_text(json.dumps(content))
+    if family in ("llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "smolvlm"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(back)
+        for role, token in FAMILIES[family].tokens.items():
+            assert getattr(tokenizer, role) == token
+        class_name = FAMILIES[family].image_processor + "Pil"
+        image_processor = getattr(transformers, class_name).from_pretrained(back)
+    else:
+        processor = transformers.AutoProcessor.from_pretrained(back)
+        assert type(processor).__name__ == FAMILIES[family].processor
+        image_processor = processor.image_processor
+        assert processor.tokenizer.get_chat_template() if family != "blip2" else True
+    given = read_back(back, cfg)
+    # no file says the side of a native image; it only sizes the blank one of rows without images
+    assert given.layout == cfg.layout and replace(given.vision, image_size=cfg.vision.image_size) == cfg.vision
+    assert list(image_processor.image_mean) == cfg.vision.mean
+
+
+def read_back(folder: Path, cfg: ModelConfig) -> ModelConfig:
+    """The configuration that the folder's files say."""
+    found = FAMILIES[cfg.family].read(cfg.family, json.loads((folder / "config.json").read_text()), "config.json")
+    read_preprocessing(folder, found)
+    return found
 
 
 def test_what_transformers_5_saves_again_is_the_same_model(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
+from vlm_nemo.data.config import LayoutConfig
 from vlm_nemo.data.prepare.bpe import train_tokenizer
+from vlm_nemo.model.config import ModelConfig, VisionConfig
 from vlm_nemo.weights.preprocessing import preprocessor_config
 
 TEXTS = ["What colour is the star? It is red.", "A red star and a blue ring: two shapes, one row."] * 4
@@ -92,9 +94,8 @@ def llava(
 
 
 def write_preprocessor(folder: Path, aspect: str) -> None:
-    from vlm_nemo.model.config import VisionConfig
-
-    content = preprocessor_config(VisionConfig(image_size=SIZE, patch_size=PATCH, aspect=aspect))
+    cfg = ModelConfig(vision=VisionConfig(image_size=SIZE, patch_size=PATCH), layout=LayoutConfig(aspect=aspect))
+    content = preprocessor_config(cfg)
     (folder / "preprocessor_config.json").write_text(json.dumps(content))
 
 

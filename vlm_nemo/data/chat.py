@@ -12,15 +12,12 @@ is the exact beginning of what was trained on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from vlm_nemo.data.config import LayoutConfig
-from vlm_nemo.data.layout.plan import ImagePlan, Ints, offset
-from vlm_nemo.data.pieces import encode_trusted
-from vlm_nemo.data.positions import grid_positions
+from vlm_nemo.data.layout.plan import ImagePlan
+from vlm_nemo.data.pieces import EncodedText, Writer, write_image, write_ours
 from vlm_nemo.data.sample import (
     BAD_JSON,
     IMAGE_WITHOUT_MARKER,
@@ -30,7 +27,7 @@ from vlm_nemo.data.sample import (
     SampleError,
 )
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.types import IGNORE_INDEX, IMAGE_MARKER
+from vlm_nemo.types import IMAGE_MARKER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,11 @@ class Template:
     """Text before the first turn; a message with role system takes its place."""
     system_start: str = ""
     system_end: str = ""
+    system_in_turn: bool = False
+    """The system's text stands behind the first user_start (Gemma)."""
     user_start: str = ""
+    user_lead: str = ""
+    """Put before what a user says where it starts with words, not with an image."""
     user_end: str = ""
     assistant_start: str = ""
     assistant_lead: str = ""
@@ -52,7 +53,20 @@ class Template:
     """Behind that token where another turn follows."""
     bos: bool = True
     """Whether the tokenizer's bos, if it has one, opens a conversation."""
+    images_first: bool = False
+    """Images at the beginning of the first turn stand before everything, bos included (BLIP-2)."""
 
+
+_CHATML = Template(
+    system_start="<|im_start|>system\n",
+    system_end="<|im_end|>\n",
+    user_start="<|im_start|>user\n",
+    user_end="<|im_end|>\n",
+    assistant_start="<|im_start|>assistant\n",
+    assistant_end="<|im_end|>",
+    between="\n",
+    bos=False,
+)
 
 TEMPLATES: dict[str, Template] = {
     # LLaVA-1.5: "A chat … USER: <image>\nQuestion ASSISTANT: Answer</s>USER: …"
@@ -71,22 +85,71 @@ TEMPLATES: dict[str, Template] = {
     "plain": Template(),
     # For tiny models: question, newline, answer
     "short": Template(user_end="\n"),
+    # LLaVA-NeXT on Mistral: "[INST] <image>\nQuestion [/INST] Answer</s> [INST] …"
+    "mistral": Template(
+        system_start="<<SYS>>\n",
+        system_end="\n<</SYS>>\n\n",
+        user_start="[INST] ",
+        user_end=" [/INST]",
+        assistant_lead=" ",
+        between=" ",
+    ),
+    # LLaVA-NeXT on Llama 3, Llama 3.2 Vision
+    "llama3": Template(
+        system_start="<|start_header_id|>system<|end_header_id|>\n\n",
+        system_end="<|eot_id|>",
+        user_start="<|start_header_id|>user<|end_header_id|>\n\n",
+        user_end="<|eot_id|>",
+        assistant_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        assistant_end="<|eot_id|>",
+    ),
+    # InternVL
+    "chatml": _CHATML,
+    # Qwen2-VL, Qwen2.5-VL, Ovis2
+    "qwen": replace(_CHATML, system="You are a helpful assistant."),
+    # LLaVA-OneVision: "<|im_start|>user <image>\nQuestion<|im_end|><|im_start|>assistant\n"
+    "onevision": Template(
+        system_start="<|im_start|>system \n",
+        system_end="<|im_end|>",
+        user_start="<|im_start|>user ",
+        user_lead="\n",
+        user_end="<|im_end|>",
+        assistant_start="<|im_start|>assistant\n",
+        assistant_end="<|im_end|>",
+        bos=False,
+    ),
+    # Gemma 3
+    "gemma": Template(
+        system_end="\n\n",
+        system_in_turn=True,
+        user_start="<start_of_turn>user\n",
+        user_end="<end_of_turn>\n",
+        assistant_start="<start_of_turn>model\n",
+        assistant_end="<end_of_turn>",
+        between="\n",
+    ),
+    # Idefics3, SmolVLM: "User:<image>Question<end_of_utterance>\nAssistant: Answer<end_of_utterance>"
+    "idefics3": Template(
+        system_start="System: ",
+        system_end="<end_of_utterance>\n",
+        user_start="User:",
+        user_lead=" ",
+        user_end="<end_of_utterance>\n",
+        assistant_start="Assistant:",
+        assistant_lead=" ",
+        assistant_end="<end_of_utterance>",
+        between="\n",
+    ),
+    # BLIP-2: the image, then "Question: … Answer: …"
+    "blip2": Template(
+        system_end=" ",
+        user_start="Question: ",
+        user_end=" ",
+        assistant_start="Answer:",
+        assistant_lead=" ",
+        images_first=True,
+    ),
 }
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedText:
-    """A conversation, or a prompt, as ids; what its images need before it can be decoded is in `plans`."""
-
-    tokens: list[int]
-    labels: list[int]
-    """Not shifted: labels[t] is tokens[t] or IGNORE_INDEX."""
-    plans: tuple[ImagePlan, ...]
-    slots: Ints
-    """See `vlm_nemo.types.Images`."""
-    sources: Ints
-    positions: Ints | None
-    """[3, T] where M-RoPE counts an image's rows and columns; None = 0, 1, 2, … three times."""
 
 
 def encode_conversation(
@@ -167,87 +230,25 @@ class _Piece(NamedTuple):
 
 
 def _pieces(messages: Sequence[Message], template: Template) -> Iterator[_Piece]:
-    system = template.system
-    ours = True
+    system, ours = template.system, True
     if messages[0]["role"] == "system":
         system, messages, ours = messages[0]["content"], messages[1:], False
-    unspoken: list[tuple[str, bool]] = []
-    if system:
-        unspoken += [(template.system_start, True), (system, ours), (template.system_end, True)]
-    for message in messages:
+    said = [(template.system_start, True), (system, ours), (template.system_end, True)] if system else []
+    unspoken = [] if template.system_in_turn else said
+    for i, message in enumerate(messages):
         if message["role"] == "user":
-            unspoken += [(template.user_start, True), (message["content"], False), (template.user_end, True)]
+            unspoken.append((template.user_start, True))
+            if i == 0 and template.system_in_turn:
+                unspoken += said
+            if not message["content"].startswith(IMAGE_MARKER):
+                unspoken.append((template.user_lead, True))
+            unspoken += [(message["content"], False), (template.user_end, True)]
         else:
             yield _Piece([*unspoken, (template.assistant_start, True)], False)
             yield _Piece([(template.assistant_lead, True), (message["content"].strip(), False)], True)
             unspoken = [(template.between, True)]
     if len(unspoken) > 1:
         yield _Piece(unspoken, False)
-
-
-class _Writer:
-    """Puts tokens, labels, places and positions side by side."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.tokens: list[int] = []
-        self.labels: list[int] = []
-        self._slots: list[Ints] = []
-        self._sources: list[Ints] = []
-        self._plans: list[ImagePlan] = []
-        self._spans: list[tuple[int, int, int]] = []
-        self._text = ""
-        self._follows_text = False
-
-    def text(self, text: str) -> None:
-        """Held back until something else comes, so that neighbours are tokenised as one."""
-        self._text += text
-
-    def special(self, token: int, supervised: bool) -> None:
-        self._put([token], supervised)
-        self._follows_text = False
-
-    def flush(self, supervised: bool) -> None:
-        """Tokenise what was held back."""
-        if self._text:
-            ids = self._tokenizer.encode(self._text, continues=supervised and self._follows_text)
-            self._put(ids, supervised)
-            self._text, self._follows_text = "", True
-
-    def image(self, plan: ImagePlan) -> None:
-        """What stands for an image, without the text before and after it. Never supervised."""
-        start = len(self.tokens)
-        if plan.cross:
-            self._slots.append(np.array([start]))
-            self._put([self._tokenizer.image_id], False)
-        for item in plan.items:
-            if isinstance(item, str):
-                self._put(encode_trusted(item, self._tokenizer), False)
-                continue
-            at, count = len(self.tokens), len(item.sources)
-            token = self._tokenizer.special(item.token) if item.token else self._tokenizer.image_id
-            self._put([token] * count, False)
-            self._slots.append(np.arange(at, at + count))
-        self._sources.append(plan.sources)
-        if plan.span is not None:
-            self._spans.append((start, *plan.span))
-        self._plans.append(plan)
-        self._follows_text = False
-
-    def done(self) -> EncodedText:
-        none = np.zeros(0, dtype=np.int64)
-        return EncodedText(
-            tokens=self.tokens,
-            labels=self.labels,
-            plans=tuple(self._plans),
-            slots=np.concatenate([none, *self._slots]),
-            sources=offset(self._sources, [plan.embeddings for plan in self._plans]),
-            positions=grid_positions(len(self.tokens), self._spans) if self._spans else None,
-        )
-
-    def _put(self, ids: list[int], supervised: bool) -> None:
-        self.tokens += ids
-        self.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
 
 
 def _encode(
@@ -259,7 +260,11 @@ def _encode(
     prompt: bool = False,
 ) -> EncodedText:
     check_images(messages, len(images))
-    writer, plans = _Writer(tokenizer), iter(images)
+    writer, plans = Writer(tokenizer), iter(images)
+    if template.images_first:
+        leading, messages = _leading_images(messages)
+        for _ in range(leading):
+            write_image(writer, next(plans), tokenizer, False)
     if template.bos and tokenizer.bos_id is not None:
         writer.special(tokenizer.bos_id, False)
     pieces = list(_pieces(messages, template))
@@ -268,15 +273,11 @@ def _encode(
     for segments, supervised in pieces:
         for segment, ours in segments:
             if ours:
-                _write_ours(writer, segment, tokenizer, supervised)
+                write_ours(writer, segment, tokenizer, supervised)
                 continue
             for i, text in enumerate(segment.split(IMAGE_MARKER)):
                 if i:
-                    plan = next(plans)
-                    _write_ours(writer, plan.before, tokenizer, supervised)
-                    writer.flush(supervised)
-                    writer.image(plan)
-                    _write_ours(writer, plan.after, tokenizer, supervised)
+                    write_image(writer, next(plans), tokenizer, supervised)
                 writer.text(text)
         writer.flush(supervised)
         if supervised:
@@ -284,10 +285,12 @@ def _encode(
     return writer.done()
 
 
-def _write_ours(writer: _Writer, text: str, tokenizer: Tokenizer, supervised: bool) -> None:
-    for piece in tokenizer.split(text) if text else ():
-        if isinstance(piece, str):
-            writer.text(piece)
-        else:
-            writer.flush(supervised)
-            writer.special(piece, False)
+def _leading_images(messages: Sequence[Message]) -> tuple[int, list[Message]]:
+    """How many images the first user's turn starts with, and the messages without them (and the line end behind)."""
+    kept = list(messages)
+    first = 1 if kept[0]["role"] == "system" else 0
+    rest, count = kept[first]["content"], 0
+    while rest.startswith(IMAGE_MARKER):
+        rest, count = rest[len(IMAGE_MARKER) :].lstrip("\n"), count + 1
+    kept[first] = {"role": kept[first]["role"], "content": rest}
+    return count, kept

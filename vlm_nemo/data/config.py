@@ -121,8 +121,8 @@ class LayoutConfig:
     pinpoints: list[list[int]] = field(default_factory=list)
     """Of anyres: resolutions to choose from, [height, width] in pixels."""
     max_unpadded: int | None = None
-    """Of anyres: tokens of the tiles beyond which they are scaled down (LLaVA-OneVision's anyres_max_9), in tiles a
-    side squared; null = never."""
+    """Of anyres: embeddings of the tiles, in whole tiles, beyond which they are scaled down (LLaVA-OneVision's
+    anyres_max_9); null = never."""
     min_tiles: int = 1
     """Of tiles: fewest."""
     max_tiles: int = 12

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_nemo.data.augment import augment_image, augment_messages, changes_images, sample_rng
-from vlm_nemo.data.chat import EncodedText, Template, encode_conversation
+from vlm_nemo.data.chat import Template, encode_conversation
 from vlm_nemo.data.config import AugmentConfig
 from vlm_nemo.data.image import decode_images
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.data.layout.spec import ImageSpec
-from vlm_nemo.data.pieces import image_tokens
+from vlm_nemo.data.pieces import EncodedText, image_tokens
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError, printable
 from vlm_nemo.data.storage.folders import Folder

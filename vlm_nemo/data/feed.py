@@ -145,7 +145,8 @@ def _account(data: StepData) -> dict[str, Any]:
 
 
 def _parts(data: StepData, names: tuple[str, ...]) -> dict[str, Tensor]:
-    return {f"{i}.{name}": attrgetter(name)(batch) for i, batch in enumerate(data.batches) for name in names}
+    found = {f"{i}.{name}": attrgetter(name)(batch) for i, batch in enumerate(data.batches) for name in names}
+    return {name: part for name, part in found.items() if part is not None}  # most rows have no shares
 
 
 def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
@@ -161,7 +162,7 @@ def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
                 cu_seqlens=parts[f"{i}.cu_seqlens"],
                 images=Images(
                     patches=parts.get(f"{i}.{_PIXELS}", torch.empty(0, 0, dtype=torch.uint8)),
-                    **{name.removeprefix("images."): parts[f"{i}.{name}"] for name in _EVERYWHERE if "." in name},
+                    **{name.removeprefix("images."): parts.get(f"{i}.{name}") for name in _EVERYWHERE if "." in name},
                 ),
                 **batch,
             )

@@ -17,12 +17,12 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlm_nemo.data.chat import EncodedText
 from vlm_nemo.data.header import PIL_ERRORS, open_image, read_header
 from vlm_nemo.data.layout.cut import Pixels, cut
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.pieces import EncodedText
 from vlm_nemo.data.sample import BROKEN_IMAGE, WRONG_LENGTH, SampleError
 from vlm_nemo.types import Images
 
@@ -98,6 +98,7 @@ def decode_images(
         embeddings=np.array([plan.embeddings for plan in text.plans], dtype=np.int64),
         slots=text.slots,
         sources=text.sources,
+        shares=text.shares,
     )
 
 

@@ -208,6 +208,7 @@ def join_images(images: Sequence[Images[NDArray[Any]]], lengths: Sequence[int], 
         -> sources [0 -1 1 2], slots [2 3 5 6]
     """
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    sources, shares = offset([(i.sources, i.shares) for i in images], [int(i.embeddings.sum()) for i in images])
     return Images(
         # Not torch.cat: see positions.py
         patches=np.concatenate([np.empty((0, patch * patch * 3), dtype=np.uint8), *(i.patches for i in images)]),
@@ -215,10 +216,12 @@ def join_images(images: Sequence[Images[NDArray[Any]]], lengths: Sequence[int], 
         views=np.concatenate([_NONE, *(i.views for i in images)]),
         embeddings=np.concatenate([_NONE, *(i.embeddings for i in images)]),
         slots=np.concatenate([_NONE, *(i.slots + start for i, start in zip(images, starts, strict=False))]),
-        sources=offset([i.sources for i in images], [int(i.embeddings.sum()) for i in images]),
+        sources=sources,
+        shares=shares,
     )
 
 
 def as_tensors(images: Images[NDArray[Any]]) -> Images[Tensor]:
     """The same memory."""
-    return Images(**{field.name: torch.from_numpy(getattr(images, field.name)) for field in fields(Images)})
+    arrays = {field.name: getattr(images, field.name) for field in fields(Images)}
+    return Images(**{name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()})

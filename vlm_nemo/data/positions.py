@@ -1,7 +1,7 @@
 """Position ids of packed rows. Pure.
 
-NumPy: a server of exported models has no torch; threads call it, and each thread that runs a larger operation of PyTorch starts a team of OpenMP threads,
-which spin when they are done; more CPU went into that than into decoding.
+NumPy: a server of exported models has no torch. And threads call it: each that runs a larger operation of PyTorch
+starts a team of OpenMP threads, which spin when they are done; more CPU went into that than into decoding.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from vlm_nemo.data.sample import SPECIAL_TOKEN, SampleError, check_text
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
-KEPT = (*NEEDED, "special_tokens_map.json", "chat_template.jinja")
+KEPT = (*NEEDED, "special_tokens_map.json", "chat_template.jinja", "tokenizer.model")
 """What `save` takes along where it exists, so that AutoTokenizer reads the copy as it read the origin."""
 IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<IMG_CONTEXT>", "<IMG_ATOM>", "<image_soft_token>", "<|image|>")
 """The families' names for a placeholder, where tokenizer_config.json does not say image_token."""

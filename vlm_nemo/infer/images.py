@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from vlm_nemo.data.chat import EncodedText
 from vlm_nemo.data.header import read_header
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.pieces import EncodedText
 from vlm_nemo.data.sample import Message, SampleError
 from vlm_nemo.types import IMAGE_MARKER, Images, UserError
 

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlm_nemo.data.chat import EncodedText, Template
+from vlm_nemo.data.chat import Template
 from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.pieces import EncodedText
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.infer.engine import Engine, Prompt, RequestOutput

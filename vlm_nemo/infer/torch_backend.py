@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vlm_nemo.data.packing import as_tensors, join_images
 from vlm_nemo.infer.backend import Row
-from vlm_nemo.model.batch import ModelBatch, count_embeddings, image_blocks, rows_of
+from vlm_nemo.model.batch import ModelBatch, count_embeddings, image_blocks, looks_of, rows_of
 from vlm_nemo.model.cache import KVCache, cached_step
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.views import vision_batch
@@ -94,7 +95,8 @@ class TorchBackend:
         at = sum(len(ids) for ids in tokens)
         blocks = image_blocks(joined.slots, at) if cfg.language.image_attention == "bidirectional" else None
         lengths = [(row.slot, row.start, len(row.tokens)) for row in rows]
-        segments = cached_step(self._cache, lengths, where, blocks=blocks)
+        bounds = [0, *accumulate(len(ids) for ids in tokens)]
+        segments = cached_step(self._cache, lengths, where, blocks=blocks, looks=looks_of(joined, bounds, cfg))
         views = vision_batch(joined.patches, joined.grids, cfg.vision) if joined.count else None
         unused = torch.zeros(1, at, device=where)
         return ModelBatch(
@@ -106,6 +108,7 @@ class TorchBackend:
             views=None if views is None else views.moved(lambda x: x.to(where)),
             image_slots=joined.slots.to(where),
             image_sources=rows_of(joined.sources, int(joined.embeddings.sum())).to(where),
+            image_shares=None if joined.shares is None else joined.shares.to(where),
         )
 
     def _no_rows(self, batch: ModelBatch) -> Tensor:

@@ -11,6 +11,7 @@ from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.looks import Looks, make_looks
 from vlm_nemo.model.segments import Segments, make_segments
 from vlm_nemo.model.views import VisionBatch, blank_view, vision_batch
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
@@ -35,7 +36,9 @@ class ModelBatch:
     image_slots: Tensor
     """[M] int64: the row's placeholders in order; empty where the row has no images"""
     image_sources: Tensor
-    """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there"""
+    """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there; [M, 4] with shares"""
+    image_shares: Tensor | None = None
+    """[M, 4] float32: how much of each of four rows; None = all of one"""
 
 
 def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, image_token: int) -> int:
@@ -52,10 +55,11 @@ def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, i
     if spec.cross_attention:
         placeholders, merged, whole = int(there.sum()), images.count, bool(there[images.slots].all())
     else:
-        taken = images.sources >= 0
+        first = images.sources if images.shares is None else images.sources[:, 0]
+        taken = first >= 0
         placeholders, merged = int(there.sum()), int(there[images.slots].sum())
         ends = images.embeddings.cumsum(0)
-        seen = torch.bucketize(images.sources[taken], ends, right=True).unique().numel()
+        seen = torch.bucketize(first[taken], ends, right=True).unique().numel()
         whole = bool(there[images.slots[taken]].all()) and seen == images.count
     if placeholders != merged or not whole:
         raise ValueError(
@@ -83,6 +87,13 @@ def image_blocks(slots: Tensor, length: int) -> Tensor:
     return blocks
 
 
+def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Looks | None:
+    """Who attends to which image, of samples with these bounds; None where no layer looks at images."""
+    if not cfg.language.cross_attention_layers:
+        return None
+    return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist())
+
+
 def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device) -> ModelBatch:
     """Check a row and move it. Raises ValueError as `count_embeddings` does."""
     images = row.images
@@ -95,6 +106,8 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
         patches, grids = blank_view(cfg.vision, spec_of(cfg).factor)
     whole = cfg.language.image_attention == "bidirectional"
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
+    segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
+    segments.looks = looks_of(images, row.cu_seqlens.tolist(), cfg)
     supervised = row.labels != IGNORE_INDEX
 
     def move(x: Tensor) -> Tensor:
@@ -107,8 +120,9 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
         labels=move(row.labels.masked_fill(~supervised, 0)).unsqueeze(0),
         loss_mask=move(supervised.float()).unsqueeze(0),
         positions=move(row.positions).unsqueeze(1),
-        segments=make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks).moved(move),
+        segments=segments.moved(move),
         views=vision_batch(patches, grids, cfg.vision).moved(move),
         image_slots=move(images.slots),
         image_sources=move(rows_of(images.sources, embeddings)),
+        image_shares=None if images.shares is None else move(images.shares),
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
@@ -59,6 +60,22 @@ class LocalParameter:
             rows = box.shape[0] if box.shape else 1
             yield box, local[row : row + rows] if box.shape else local
             row += rows
+
+
+def split_rows(key: str, parameter: nn.Parameter, offset: int, total: int) -> ShardedTensor:
+    """For a module's `sharded_state_dict`: the parameter is rows offset, offset + 1, … of a tensor of `total` rows, the
+    others being on other tensor ranks, which need not have as many."""
+    rest = tuple(parameter.shape[1:])
+    return ShardedTensor(
+        key=key,
+        data=parameter,
+        dtype=parameter.dtype,
+        local_shape=tuple(parameter.shape),
+        global_shape=(total, *rest),
+        global_offset=(offset, *(0 for _ in rest)),
+        axis_fragmentations=None,
+        replica_id=(0, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True)),
+    )
 
 
 def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:

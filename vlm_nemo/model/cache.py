@@ -12,7 +12,7 @@ block of tokens that see one another (an image's, in Gemma 3) lies within one st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_nemo.model.looks import Looks
 from vlm_nemo.model.segments import Segments, block_runs, make_segments
 
 
@@ -34,6 +35,10 @@ class KVCache:
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.images: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        """Of every layer that looks at images, by slot: keys and values of the image that its last token sees."""
+        self.looking: set[int] = set()
+        """Slots whose last token stands behind an image."""
         self._held = (0, 0)
 
     def reserve(self) -> None:
@@ -96,6 +101,10 @@ class CachedStep(PackedSeqParams):
     """[R, 1, n, longest] bool: what each query may see in a layer with a window; made when first asked for"""
     row_of_token: Tensor | None = None
     """[tokens that go on] int64: where the answer to each lies in the flattened [R, n]"""
+    looks: Looks | None = None
+    """Who attends to which image of this step; tokens in front of those see what their slot remembers."""
+    spans: list[tuple[int, int, int, bool]] = field(default_factory=list)
+    """Of every row: slot, its first token among the T, the one behind its last, whether it is a whole prompt"""
     last: Tensor | None = None
     """[rows] int64: the last token of every row, in the order of the rows: whose logits are wanted"""
 
@@ -109,11 +118,33 @@ class CachedStep(PackedSeqParams):
             self.near = self.visible & (keys > self.places - window)
         return self.near
 
+    def remembered(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
+        """Of a layer that looks at images: the tokens [start, stop) that see an image of an earlier step, and its keys
+        and values. This step's own, k and v [E, 1, kv_heads, d], are remembered."""
+        assert self.looks is not None
+        images = self.cache.images.setdefault(layer, {})
+        found = []
+        for slot, start, stop, prompt in self.spans:
+            own = [look for look in self.looks.ranges if start <= look[0] < stop]
+            if prompt:
+                images.pop(slot, None)
+            elif slot in images and (not own or own[0][0] > start):
+                found.append((start, own[0][0] if own else stop, *images[slot]))
+            if own:
+                _, _, first, last = own[-1]
+                images[slot] = k[first:last].clone(), v[first:last].clone()
+        return found
+
 
 def cached_step(
-    cache: KVCache, rows: list[tuple[int, int, int]], device: torch.device, blocks: Tensor | None = None
+    cache: KVCache,
+    rows: list[tuple[int, int, int]],
+    device: torch.device,
+    blocks: Tensor | None = None,
+    looks: Looks | None = None,
 ) -> CachedStep:
-    """Lay out a step. rows: (slot, start, tokens), the prompts (start 0) first. blocks: [T] as in `make_segments`."""
+    """Lay out a step. rows: (slot, start, tokens), the prompts (start 0) first. blocks: [T] as in `make_segments`.
+    looks: of the step's images, each row a sample."""
     fresh = [n for _, start, n in rows if start == 0]
     going = [row for row in rows if row[1] > 0]
     assert [row[1] for row in rows[: len(fresh)]] == [0] * len(fresh), "prompts come first"
@@ -129,6 +160,10 @@ def cached_step(
         prompt_tokens=sum(fresh),
         last=(ends - 1).to(device),
     )
+    if looks is not None:
+        bounds = [0, *ends.tolist()]
+        step.spans = [(slot, *bounds[i : i + 2], start == 0) for i, (slot, start, _) in enumerate(rows)]
+        step.looks = _looking_on(cache, step.spans, looks).moved(lambda x: x.to(device))
     if fresh:
         cu = torch.tensor([0, *fresh], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         own = blocks[: sum(fresh)] if blocks is not None else None
@@ -155,6 +190,21 @@ def cached_step(
         step.places = positions[queries][:, None, :, None].to(device)
         step.row_of_token = torch.tensor(row_of_token, device=device)
     return step
+
+
+def _looking_on(cache: KVCache, spans: list[tuple[int, int, int, bool]], looks: Looks) -> Looks:
+    """The looks of a step, where tokens that go on behind an image see it; the cache learns who sees one."""
+    seen, dropped = looks.seen.clone(), set()
+    for slot, start, stop, prompt in spans:
+        if prompt:
+            cache.looking.discard(slot)
+        elif slot in cache.looking:
+            seen[start:stop] = True
+        if not prompt:  # in front of its own image, a row that goes on sees the earlier one, or nothing
+            dropped |= {look for look in looks.ranges if look[0] == start and not looks.seen[start]}
+        if bool(seen[stop - 1]):
+            cache.looking.add(slot)
+    return Looks(ranges=tuple(look for look in looks.ranges if look not in dropped), seen=seen)
 
 
 def attend_to_cache(

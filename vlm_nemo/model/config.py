@@ -98,8 +98,8 @@ class ProjectorConfig:
     and no placeholder is replaced."""
     num_layers: int = 2
     """Of mlp: 1 = linear (LLaVA), 2 = linear-GELU-linear (LLaVA-1.5). Of qformer and perceiver: their layers."""
-    activation: str = field(default="gelu", metadata={"choices": ("gelu", "gelu_tanh", "quick_gelu")})
-    """Between the layers."""
+    activation: str = field(default="gelu", metadata={"choices": ("gelu", "gelu_tanh", "quick_gelu", "silu")})
+    """Between the layers; of perceiver, in its gated MLP (Idefics2: silu)."""
     bias: bool = True
     """Biases on the linear layers."""
     hidden_size: int | None = None

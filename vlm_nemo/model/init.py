@@ -14,9 +14,9 @@ from vlm_nemo.model.vision import layers_used
 
 
 def initialise(parameters: Iterable[LocalParameter], cfg: ModelConfig, seed: int) -> None:
-    """Norms to one (to zero where they multiply by 1 + weight), biases to zero, LayerScale to its start, matrices to
-    normal(0, init_std); those that write into the residual stream are scaled by 1/sqrt(2 layers), as GPT-2 and
-    Megatron do."""
+    """Norms to one (to zero where they multiply by 1 + weight), biases and gates to zero, LayerScale to its start,
+    matrices to normal(0, init_std); those that write into the residual stream are scaled by 1/sqrt(2 layers), as GPT-2
+    and Megatron do."""
     with torch.no_grad():
         for local in parameters:
             for box, view in local.pieces(local.parameter.data):
@@ -33,6 +33,8 @@ def initial_value(box: Box, cfg: ModelConfig, seed: int) -> torch.Tensor:
     if last in ("attention_scale", "mlp_scale"):
         assert cfg.vision.layer_scale is not None, "LayerScale without its start"
         return torch.full(box.shape, cfg.vision.layer_scale)
+    if last in ("attention_gate", "mlp_gate"):
+        return torch.zeros(box.shape)
     std = cfg.init_std
     if box.key == "vision.position" and cfg.vision.position_init_std is not None:
         std = cfg.vision.position_init_std

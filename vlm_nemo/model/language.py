@@ -13,12 +13,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import LanguageConfig
+from vlm_nemo.model.cross_attention import looking_layer
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.rope import Rotary
 from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
@@ -104,12 +105,15 @@ def language_config(
         add_bias_linear=False,
         add_qkv_bias=cfg.qkv_bias,
         # Also: sum the gradients of these norms over the tensor group, whose ranks see other heads
-        qk_layernorm=cfg.qk_norm,
+        qk_layernorm=cfg.qk_norm or bool(cfg.cross_attention_layers),
         softmax_scale=cfg.attention_scale,
         window_size=None if cfg.window is None else (cfg.window - 1, 0),
         window_attn_skip_freq=cfg.global_every,
         # Looked for where positions are "mrope"; Rotary has its own.
         mrope_section=list(cfg.mrope_section),
+        # Features travel behind the hidden states, as many as a row has; megatron asks for alltoall then
+        variable_seq_lengths=bool(cfg.cross_attention_layers) and parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
     )
 
 
@@ -117,17 +121,23 @@ def language_model(
     cfg: LanguageConfig, config: TransformerConfig, *, first: bool, last: bool, vp_stage: int | None
 ) -> Decoder:
     """One pipeline stage (or virtual chunk) of the decoder. first holds the embedding, last the head."""
+    here = get_num_layers_to_build(config, vp_stage=vp_stage)
     plain = not cfg.sandwich_norm and cfg.rope_local_base is None
+    layers = block_spec(
+        here,
+        AttnMaskType.causal,
+        module=TransformerLayer if plain else DecoderLayer,
+        params={} if plain else {"sandwich": cfg.sandwich_norm},
+        head_norm=cfg.qk_norm,
+    )
+    before = get_transformer_layer_offset(config, vp_stage)
+    for n in range(here):
+        if before + n in cfg.cross_attention_layers:
+            layers.layer_specs[n] = looking_layer()
     return Decoder(
         cfg,
         config,
-        transformer_layer_spec=block_spec(
-            get_num_layers_to_build(config, vp_stage=vp_stage),
-            AttnMaskType.causal,
-            module=TransformerLayer if plain else DecoderLayer,
-            params={} if plain else {"sandwich": cfg.sandwich_norm},
-            head_norm=cfg.qk_norm,
-        ),
+        transformer_layer_spec=layers,
         vocab_size=cfg.vocab_size,
         max_sequence_length=cfg.max_positions,
         pre_process=first,

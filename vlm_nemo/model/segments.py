@@ -26,6 +26,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vlm_nemo.model.looks import Looks
+
 
 @dataclass
 class Segments(PackedSeqParams):
@@ -43,6 +45,8 @@ class Segments(PackedSeqParams):
     """What layers with a window see instead (a vision tower's windows); None: the same"""
     blocks: list[tuple[int, int, int]] = field(default_factory=list)
     """Of every block: the first token of its sample, its own first token, and the one behind its last"""
+    looks: Looks | None = None
+    """Who attends to which image, in the layers that look at images"""
     masks: dict[tuple[int, int, int, bool], Tensor] = field(default_factory=dict)
     """Made by `stripe_mask` when first asked for, and shared by all layers"""
 
@@ -74,6 +78,7 @@ class Segments(PackedSeqParams):
         if self.cells is not None and self.cell_of_token is not None:
             moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
         moved.windows = self.windows.moved(move) if self.windows is not None else None
+        moved.looks = self.looks.moved(move) if self.looks is not None else None
         return moved
 
 

@@ -8,9 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.activations import quick_gelu
+from megatron.core import activations
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -18,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
@@ -25,6 +31,12 @@ from vlm_nemo.model.norm import Norm
 from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's. megatron's own is compiled, which fuses it on CUDA; on a CPU every process would wait for a compiler."""
+    return activations.quick_gelu(x) if x.is_cuda else x * torch.sigmoid(1.702 * x)
+
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "gelu": F.gelu,
@@ -132,3 +144,9 @@ def block_spec(
 def mlp_spec() -> MLPSubmodules:
     """Column-parallel then row-parallel: one all-reduce over the tensor group."""
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over the tensor group of what each rank has, where each goes on with its own use of it: every rank's use
+    then sends gradient to every rank's part."""
+    return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(x.contiguous()))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 
-VOCABULARY = 320
+VOCABULARY = 384
 VISUAL_WORDS = 48
 LAYERS = 4
 """Of the decoder, so that two pipeline stages of two virtual chunks each fit."""
@@ -17,7 +17,7 @@ HEAD = 8
 
 
 def twin(cfg: ModelConfig) -> ModelConfig:
-    """The same structure, shrunk: 4 layers of width 32 in the decoder, 3 of width 16 or 32 in the tower, 320 tokens.
+    """The same structure, shrunk: 4 layers of width 32 in the decoder, 3 of width 16 or 32 in the tower, 384 tokens.
 
     Sizes that a layout counts in (tiles, resolutions, pixels) shrink with the patch.
     """
@@ -27,10 +27,12 @@ def twin(cfg: ModelConfig) -> ModelConfig:
         cfg.layout,
         pinpoints=[[round(h * scale), round(w * scale)] for h, w in cfg.layout.pinpoints],
         longest_edge=None if cfg.layout.longest_edge is None else round(cfg.layout.longest_edge * scale),
-        min_pixels=(2 * vision.patch_size * _factor(cfg)) ** 2,
-        max_pixels=(8 * vision.patch_size * _factor(cfg)) ** 2,
-        max_tiles=min(cfg.layout.max_tiles, 4),
     )
+    if layout.kind == "native":
+        side = vision.patch_size * _factor(cfg)
+        layout = replace(layout, min_pixels=(2 * side) ** 2, max_pixels=(8 * side) ** 2)
+    if layout.kind in ("tiles", "canvas", "ovis"):
+        layout = replace(layout, max_tiles=min(layout.max_tiles, 4))
     language = _language(cfg.language)
     projector = _projector(cfg.projector, vision.hidden_size, cfg)
     return replace(
@@ -61,7 +63,7 @@ def _vision(cfg: ModelConfig) -> VisionConfig:
         hidden_size=4 * HEAD,
         num_layers=layers,
         num_heads=4,
-        ffn_hidden_size=48,
+        ffn_hidden_size=8 * HEAD,
         window=None if v.window is None else 2 * patch * _factor(cfg),
         full_attention_layers=[1] if v.full_attention_layers else [],
         feature_layer=v.feature_layer if v.feature_layer in (-1, -2) else -1,

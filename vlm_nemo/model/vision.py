@@ -136,7 +136,8 @@ def check(cfg: VisionConfig, parallel: ParallelConfig) -> None:
         raise UserError(
             f"model.vision.image_size={cfg.image_size} is not a multiple of model.vision.patch_size={cfg.patch_size}"
         )
-    if cfg.post_norm and layers_used(cfg) < cfg.num_layers:
+    layers = layers_used(cfg)
+    if cfg.post_norm and layers < cfg.num_layers:
         raise UserError(
             f"model.vision.post_norm is part of the last hidden state, but model.vision.feature_layer="
             f"{cfg.feature_layer} is an earlier one; set post_norm=false, or feature_layer=-1"

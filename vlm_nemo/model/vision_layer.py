@@ -8,12 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
@@ -21,14 +16,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from vlm_nemo.model.attention import CoreAttention
+from vlm_nemo.model.boxes import split_rows
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.segments import Segments
-from vlm_nemo.model.transformer import mlp_spec
+from vlm_nemo.model.transformer import mlp_spec, sum_over_ranks
 
 
 def tower_spec(cfg: VisionConfig, num_layers: int) -> TransformerBlockSubmodules:
@@ -122,20 +117,12 @@ class WideNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         squares = wide.square().sum(-1, keepdim=True)
-        # Summed over the ranks going forward; each rank's use of the sum sends gradient to all ranks going back.
-        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
-        return (wide * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype) * self.weight
+        mean = sum_over_ranks(squares) / self.width
+        return (wide * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """The weight is split over the tensor group, as the heads are."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(
-            state,
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
+        offset = parallel_state.get_tensor_model_parallel_rank() * len(self.weight)
+        return {f"{prefix}weight": split_rows(f"{prefix}weight", self.weight, offset, self.width)}

@@ -18,6 +18,7 @@ from vlm_nemo.model.projector.build import build_projector
 from vlm_nemo.model.views import VisionBatch
 from vlm_nemo.model.vision import VisionTower
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.types import UserError
 
 PARTS = ("vision", "projector", "language")
 """The parts that can be frozen, and the first word of every parameter's name."""
@@ -29,8 +30,11 @@ class VLM(MegatronModule):
     def __init__(
         self, cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, vp_stage: int | None = None
     ) -> None:
+        check_looks(cfg, parallel)
         config = language_config(cfg.language, parallel, dtype, cfg.megatron)
         super().__init__(config=config)
+        self.looks = bool(cfg.language.cross_attention_layers)
+        self._received: Tensor | None = None
         ignore_virtual = vp_stage is None
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
@@ -51,16 +55,21 @@ class VLM(MegatronModule):
 
         image_rows: the result of `embed_images` for this batch, where it is known already.
         """
-        x = None
+        x = features = None
         if self.pre_process:
             x = self.language.embed(batch.tokens, batch.positions)
             if image_rows is None:
                 assert batch.views is not None, "every row of training has a view, were it a blank one"
                 image_rows = self.embed_images(batch.views)
-            x = place_images(x, image_rows, batch.image_slots, batch.image_sources)
+            if self.looks:
+                features = image_rows.unsqueeze(1).to(x.dtype)
+            else:
+                x = place_images(x, image_rows, batch.image_slots, batch.image_sources, batch.image_shares)
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
-        return self.language(
+        elif self.looks:
+            features = self.take_features(batch.tokens.shape[1])
+        out = self.language(
             input_ids=batch.tokens,
             position_ids=batch.positions,
             attention_mask=None,
@@ -68,7 +77,18 @@ class VLM(MegatronModule):
             labels=None if gather_logits else batch.labels,
             packed_seq_params=batch.segments,
             runtime_gather_output=gather_logits or None,
+            extra_block_kwargs={"context": features} if self.looks else None,
         )
+        # What the next stage's layers look at travels behind the hidden states
+        return torch.cat((out, features)) if self.looks and not self.post_process else out
+
+    def take_features(self, tokens: int) -> Tensor:
+        """[E, 1, D]: cut off what came behind the hidden states of so many tokens."""
+        assert self._received is not None
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        hidden, features = self._received.split((tokens // ranks, len(self._received) - tokens // ranks))
+        self.language.set_input_tensor(hidden)
+        return features
 
     def embed_images(self, views: VisionBatch) -> Tensor:
         """[E + K, D]: the views' embeddings, then the projector's K extra rows. A frozen tower saves no activations."""
@@ -81,21 +101,45 @@ class VLM(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Called by megatron's schedules with the previous stage's hidden states."""
-        self.language.set_input_tensor(input_tensor)
+        if self.looks and not self.pre_process:
+            self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        else:
+            self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """Called by megatron to sum the gradients of tied embeddings over the first and last stage."""
         return self.language.shared_embedding_or_output_weight()
 
 
-def place_images(embeds: Tensor, rows: Tensor, slots: Tensor, sources: Tensor) -> Tensor:
+def check_looks(cfg: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse cross-attention that does not fit together. Raises UserError."""
+    layers, kind = cfg.language.cross_attention_layers, cfg.projector.kind
+    if bool(layers) != (kind == "cross_attention"):
+        raise UserError(
+            f"model.projector.kind={kind} and model.language.cross_attention_layers={list(layers)} do not go together: "
+            "with kind=cross_attention the layers that look at images must be named, with another there are none"
+        )
+    if not all(0 <= n < cfg.language.num_layers for n in layers):
+        raise UserError(
+            f"model.language.cross_attention_layers={list(layers)} are not all among the decoder's "
+            f"{cfg.language.num_layers} layers, counted from 0"
+        )
+    if layers and parallel.virtual > 1:
+        raise UserError(
+            "parallel.virtual > 1 sends hidden states of one length only, but with "
+            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
+        )
+
+
+def place_images(embeds: Tensor, rows: Tensor, slots: Tensor, sources: Tensor, shares: Tensor | None = None) -> Tensor:
     """Put what the images gave where their placeholders are.
 
     embeds: [T, 1, D]; rows: [E + K, D], see `VLM.embed_images`; slots: [M] rows of embeds; sources: [M], which of
-    `rows` stands there. Without placeholders the images are a blank stand-in: it takes part with weight zero, so that
-    its layers still receive (zero) gradients and every rank runs the same collectives. Counts are checked in
-    `model_batch`.
+    `rows` stands there; with shares [M, 4] sources are [M, 4], and the mean of four rows does. Without placeholders
+    the images are a blank stand-in: it takes part with weight zero, so that its layers still receive (zero) gradients
+    and every rank runs the same collectives. Counts are checked in `model_batch`.
     """
     if slots.numel() == 0:
         return embeds + rows.sum().to(embeds.dtype) * 0.0
-    return embeds.index_copy(0, slots, rows[sources].unsqueeze(1).to(embeds.dtype))
+    placed = rows[sources] if shares is None else (rows[sources] * shares.unsqueeze(-1).to(rows.dtype)).sum(1)
+    return embeds.index_copy(0, slots, placed.unsqueeze(1).to(embeds.dtype))

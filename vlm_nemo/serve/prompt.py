@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_nemo.data.chat import EncodedText, encode_prompt
+from vlm_nemo.data.chat import encode_prompt
 from vlm_nemo.data.header import MAX_PIXELS
 from vlm_nemo.data.image import decode_images, plan_images
 from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.pieces import EncodedText
 from vlm_nemo.data.sample import Message, SampleError
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.serve import schema

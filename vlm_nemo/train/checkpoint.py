@@ -39,6 +39,8 @@ from vlm_nemo.train.optim import optimizer_slices, refresh_masters
 from vlm_nemo.types import UserError
 
 log = logging.getLogger(__name__)
+FORMAT = 2
+"""Of what a checkpoint holds. 1: the vision tower's patch matrix took the colours of a patch one after the other."""
 _STEP = re.compile(r"step_(\d{6,})$")
 
 
@@ -112,7 +114,7 @@ def write_manifest(draft: Path, hashed: Sequence[dict[str, Any]] = ()) -> None:
         if path.is_file() and str(path.relative_to(draft)) not in known:
             _sync(path)
             known[str(path.relative_to(draft))] = _fingerprint(draft, path)
-    _write_json(draft / "manifest.json", {"format": 1, "files": [known[k] for k in sorted(known)]})
+    _write_json(draft / "manifest.json", {"format": FORMAT, "files": [known[k] for k in sorted(known)]})
 
 
 def _publish(draft: Path, final: Path) -> None:
@@ -152,13 +154,19 @@ def newest(folder: Path) -> list[Path]:
 def verify(path: Path, ranks: Ranks | None = None, only: tuple[str, ...] = ("",)) -> list[str]:
     """Names of files that are missing, resized or altered; the ranks share the reading.
 
-    only: what the names of the files to look at begin with.
+    only: what the names of the files to look at begin with. Raises UserError for a checkpoint of another format.
     """
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
+        manifest = json.loads((path / "manifest.json").read_text())
+        files, written = manifest["files"], manifest.get("format")
         known = {entry["file"]: (entry["bytes"], entry["sha256"]) for entry in files}
     except (OSError, ValueError, KeyError, TypeError):
         return ["manifest.json"]
+    if written != FORMAT:
+        raise UserError(
+            f"{path} is a checkpoint of format {written}, this version reads {FORMAT}: with the version that wrote it, "
+            "vlm-nemo convert checkpoint=DIR out=HF; with this one, vlm-nemo convert hf=HF out=DIR"
+        )
     if "state.json" not in known or not any(name.startswith("weights/") for name in known):
         return ["manifest.json"]
     wanted = [name for name in known if name.startswith(only)]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
 
 from vlm_nemo.config import ConvertRoot
 from vlm_nemo.data.chat import TEMPLATES
+from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.options import did_you_mean
 from vlm_nemo.train import checkpoint
 from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.types import UserError
+from vlm_nemo.weights import parity
 from vlm_nemo.weights.from_hf import to_checkpoint
+from vlm_nemo.weights.hf import HFFolder
 from vlm_nemo.weights.to_hf import to_folder
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,6 +26,7 @@ def convert(cfg: ConvertRoot) -> None:
     """Whichever way the words say; prints what became of what."""
     if cfg.max_shard_gb <= 0:
         raise UserError(f"max_shard_gb={cfg.max_shard_gb} must be above 0")
+    _check_parity(cfg)
     dtype, max_bytes, out = DTYPES[cfg.dtype], int(cfg.max_shard_gb * 1e9), Path(cfg.out)
     if cfg.hf:
         if cfg.part != "all":
@@ -38,6 +43,8 @@ def convert(cfg: ConvertRoot) -> None:
             template=None if cfg.template == "auto" else cfg.template,
             say=print,
         )
+        if cfg.parity:
+            _parity(Path(cfg.hf[0]), out, out, cfg.image)
         return
     assert cfg.checkpoint.load is not None
     step_folder = checkpoint.find(cfg.checkpoint.load)
@@ -52,3 +59,32 @@ def convert(cfg: ConvertRoot) -> None:
         max_bytes=max_bytes,
         say=print,
     )
+    if cfg.parity:
+        _parity(out, step_folder, out, cfg.image)
+
+
+def _check_parity(cfg: ConvertRoot) -> None:
+    """Before anything is written. Raises UserError."""
+    if not cfg.parity:
+        if cfg.image is not None:
+            raise UserError(f"image={cfg.image} is for parity=true")
+        return
+    if cfg.part != "all" or len(cfg.hf) > 1 or (cfg.hf and HFFolder(cfg.hf[0]).family is None):
+        raise UserError("parity=true compares whole models; a part alone answers no questions about images")
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("parity=true needs transformers: pip install 'transformers>=5,<6'")
+    if cfg.image is not None and not Path(cfg.image).is_file():
+        raise UserError(f"image={cfg.image} is no file")
+
+
+def _parity(hf: Path, step_folder: Path, out: Path, image: str | None) -> None:
+    saved = checkpoint_config(step_folder)
+    found = parity.report(
+        hf,
+        model_config(saved),
+        Tokenizer(step_folder / "tokenizer"),
+        saved["data"]["template"],
+        lambda chunks: checkpoint.load_weights(step_folder, chunks),
+        Path(image).read_bytes() if image else None,
+    )
+    print(parity.write(found, out))

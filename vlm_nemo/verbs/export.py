@@ -30,7 +30,7 @@ from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
 from vlm_nemo.weights.preprocessing import preprocessor_config
 from vlm_nemo.weights.shards import write_json
-from vlm_nemo.weights.words import export_tokenizer, import_tokenizer, template_of
+from vlm_nemo.weights.words import export_tokenizer, generation_config, import_tokenizer, template_of
 
 
 def export(cfg: ExportConfig) -> None:
@@ -143,9 +143,6 @@ def _write_words(out: Path, model: ModelConfig, tokenizer: Tokenizer, template: 
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
     config = hf_config_of(model, tokenizer, dtype=dtype)
     write_json(out / "config.json", config)
-    write_json(
-        out / "generation_config.json",
-        {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )
+    write_json(out / "generation_config.json", generation_config(tokenizer, TEMPLATES[template]))
     write_json(out / "preprocessor_config.json", preprocessor_config(model))
-    export_tokenizer(tokenizer, out, TEMPLATES[template], FAMILIES[model.family].processor)
+    export_tokenizer(tokenizer, out, TEMPLATES[template], model.family)

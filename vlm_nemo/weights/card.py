@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.weights.configs.languages import FORMS as LANGUAGES
+from vlm_nemo.weights.configs.languages import fitting_language
+from vlm_nemo.weights.configs.towers import FORMS, fitting_tower
+from vlm_nemo.weights.families import FAMILIES
+from vlm_nemo.weights.tables import naming_of, naming_of_part
 
 ASPECTS = {
     "pad": "padded to a square with the mean colour, then resized",
     "crop": "the short side resized, the middle cut out",
     "squash": "both sides resized",
 }
+LAYOUTS = {
+    "square": "squares of {size} pixels, {aspect}",
+    "anyres": "tiles of {size} pixels on the best of {pinpoints} resolutions, unpadded, and the whole image",
+    "tiles": "{min_tiles} to {max_tiles} tiles of {size} pixels and the whole image",
+    "canvas": "up to {max_tiles} tiles of {size} pixels on one canvas",
+    "ovis": "{min_tiles} to {max_tiles} tiles of {size} pixels and the whole image",
+    "rows": "rows of tiles of {size} pixels (the longer edge resized to {longest_edge}), and the whole image",
+    "native": "their own shape, {min_pixels} to {max_pixels} pixels",
+}
 
 LOAD = {
     None: """\
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = LlavaForConditionalGeneration.from_pretrained(FOLDER)
+model = AutoModelForImageTextToText.from_pretrained(FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)
 turn = {"role": "user", "content": [{"type": "image", "image": Image.open("picture.jpg")},
                                     {"type": "text", "text": "What is this?"}]}
@@ -31,14 +46,14 @@ inputs = processor.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))""",
     "vision": """\
-from transformers import AutoImageProcessor, CLIPVisionModel
+from transformers import AutoImageProcessor, AutoModel
 
-model = CLIPVisionModel.from_pretrained(FOLDER)
+model = AutoModel.from_pretrained(FOLDER)
 processor = AutoImageProcessor.from_pretrained(FOLDER)""",
     "language": """\
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = LlamaForCausalLM.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",
 }
 
@@ -76,44 +91,87 @@ def model_card(
     ]
     lines += ["| part | made of | numbers |", "|---|---|---|"]
     total = 0
-    for name, (words, prefixes) in _rows(cfg, part).items():
-        count = sum(t.numel() for key, t in written.items() if key.startswith(prefixes))
+    naming = naming_of(cfg) if part is None else naming_of_part(cfg, part)[1]
+    for name, words in _rows(cfg, part).items():
+        count = sum(t.numel() for key, t in written.items() if (naming.understood(key) or ("",))[0] == name)
         total += count
         lines.append(f"| {name} | {words} | {count:,} |")
     lines += [f"| together | stored as {config['torch_dtype']} | {total:,} |", ""]
     if part != "language":
-        lines += _pixels(cfg, kept, written)
+        lines += _pixels(cfg, part, kept, written)
     if part != "vision":
         lines += _words(cfg, template)
     return "\n".join([*lines, "## Loading", "", "```python", LOAD[part], "```", ""])
 
 
-def _rows(cfg: ModelConfig, part: str | None) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _rows(cfg: ModelConfig, part: str | None) -> dict[str, str]:
+    """part -> what it is"""
     v, lang = cfg.vision, cfg.language
-    vision = f"CLIP, {v.num_layers} layers of {v.hidden_size}, {v.image_size} pixels in patches of {v.patch_size}"
+    places = f"{v.image_size} pixels in patches of {v.patch_size}"
+    if v.position == "rope":
+        places = f"images of any shape in patches of {v.patch_size}"
+    vision = f"{_tower(cfg, part)}, {v.num_layers} layers of {v.hidden_size}, {places}"
     language = (
-        f"Llama, {lang.num_layers} layers of {lang.hidden_size}, {lang.num_heads} heads ({lang.num_kv_heads} for "
-        f"keys), {lang.vocab_size} tokens"
+        f"{_decoder(cfg, part)}, {lang.num_layers} layers of {lang.hidden_size}, {lang.num_heads} heads "
+        f"({lang.num_kv_heads} for keys), {lang.vocab_size} tokens"
     )
     if part == "vision":
-        return {"vision": (vision, ("",))}
+        return {"vision": vision}
     if part == "language":
-        return {"language": (language, ("",))}
-    return {
-        "vision": (vision, ("vision_tower.",)),
-        "projector": (f"two layers, {cfg.projector.activation}", ("multi_modal_projector.",)),
-        "language": (language, ("language_model.",)),
+        return {"language": language}
+    return {"vision": vision, "projector": _projector(cfg), "language": language}
+
+
+def _tower(cfg: ModelConfig, part: str | None) -> str:
+    kinds = FAMILIES[cfg.family].towers if part is None else list(FORMS)
+    return NAMES[fitting_tower(cfg.vision, kinds)[0]]
+
+
+def _decoder(cfg: ModelConfig, part: str | None) -> str:
+    kinds = FAMILIES[cfg.family].languages if part is None else list(LANGUAGES)
+    return NAMES[fitting_language(cfg.language, kinds)[0]]
+
+
+NAMES = {
+    "clip": "CLIP",
+    "siglip": "SigLIP",
+    "internvit": "InternViT",
+    "aimv2": "AIMv2",
+    "qwen2_vl": "Qwen2-VL's",
+    "qwen2_5_vl": "Qwen2.5-VL's",
+    "eva": "EVA",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma3": "Gemma 3",
+}
+
+
+def _projector(cfg: ModelConfig) -> str:
+    p, r = cfg.projector, cfg.reduce
+    kinds = {
+        "mlp": "one linear layer" if p.num_layers == 1 else f"{p.num_layers} layers, {p.activation}",
+        "qformer": f"a Q-Former of {p.num_queries} queries, {p.num_layers} layers",
+        "perceiver": f"a Perceiver of {p.num_queries} queries, {p.num_layers} layers",
+        "visual_vocabulary": f"{p.vocabulary} visual words",
+        "cross_attention": "cross-attention in the decoder",
     }
+    reduced = "" if r.kind == "none" else f"{r.kind.replace('_', ' ')} of {r.factor} x {r.factor}, "
+    return reduced + kinds[p.kind]
 
 
-def _pixels(cfg: ModelConfig, kept: bool, written: Mapping[str, Tensor]) -> list[str]:
-    v = cfg.vision
+def _pixels(cfg: ModelConfig, part: str | None, kept: bool, written: Mapping[str, Tensor]) -> list[str]:
+    v, layout = cfg.vision, cfg.layout
+    how = LAYOUTS[layout.kind].format(
+        **{**asdict(layout), "pinpoints": len(layout.pinpoints), "aspect": ASPECTS[layout.aspect], "size": v.image_size}
+    )
+    token = f", {'with' if v.keep_class_token else 'without'} the class token" if v.class_token else ""
     lines = [
         "## Images",
         "",
-        f"Trained on squares of {v.image_size} pixels, {ASPECTS[v.aspect]}; mean {v.mean}, deviation {v.std}. The",
-        "files of the processor here do the same, within two levels of 255 a pixel. The features are hidden state",
-        f"{v.feature_layer}, {'with' if v.keep_class_token else 'without'} the class token.",
+        f"Trained on {how}; mean {v.mean}, deviation {v.std}. The files of the processor here do the same, within two",
+        f"levels of 255 a pixel. The features are hidden state {v.feature_layer}{token}.",
         "",
     ]
     if kept:
@@ -121,18 +179,29 @@ def _pixels(cfg: ModelConfig, kept: bool, written: Mapping[str, Tensor]) -> list
             "Tensors that these features do not pass through are as they were imported, untouched by training.",
             "",
         ]
-    elif any(name.endswith(POST_NORM.rpartition(".")[2] + ".weight") for name in written):
+    elif made := _stood_in(cfg, part, written):
         lines += [
-            "`post_layernorm` is a stand-in (ones and zeros): this tower was trained without, and only the pooled",
-            "output of CLIP's class would use it.",
+            f"`{made}` is a stand-in (ones and zeros): this tower was trained without, and only outputs that this",
+            "model does not use would pass through it.",
             "",
         ]
     return lines
 
 
+def _stood_in(cfg: ModelConfig, part: str | None, written: Mapping[str, Tensor]) -> str | None:
+    """The norm that was made up, if one was."""
+    naming = naming_of(cfg) if part is None else naming_of_part(cfg, part)[1]
+    table = naming.tables["vision"]
+    if not table.stand_ins or not table.when_stood_in(cfg.vision):
+        return None
+    name = table.stand_ins[0].theirs
+    return name.rpartition(".")[0] if naming.spelled("vision", name) in written else None
+
+
 def _words(cfg: ModelConfig, template: str) -> list[str]:
     t = TEMPLATES[template]
-    shown = f"{t.system}{t.system_end}{t.user_start}QUESTION{t.user_end}{t.assistant_start}{t.assistant_lead}ANSWER"
+    system = f"{t.system_start}{t.system}{t.system_end}" if t.system else ""
+    shown = f"{system}{t.user_start}QUESTION{t.user_end}{t.assistant_start}{t.assistant_lead}ANSWER{t.assistant_end}"
     return [
         "## Conversation",
         "",

@@ -190,5 +190,3 @@ def hf_config_of(
         **content,
         "torch_dtype": dtype,
     }
-
-

@@ -97,9 +97,7 @@ PREFIXES: dict[str, Prefixes] = {
     "ovis2": (
         Prefix(part="vision", alone="", spelled=("model.vision_tower.transformer.",)),
         Prefix(part="projector", alone="head_", spelled=("model.vision_tower.head_",)),
-        Prefix(
-            part="projector", alone="visual_embeddings_table.", spelled=("model.visual_embeddings_table.",)
-        ),
+        Prefix(part="projector", alone="visual_embeddings_table.", spelled=("model.visual_embeddings_table.",)),
         *_language("model.language_model.", heads=("lm_head.",)),
     ),
     "idefics3": (
@@ -134,6 +132,12 @@ class Family:
     """Name in names.projectors.PROJECTORS."""
     template: str
     """In data.chat.TEMPLATES: what is taken where a folder has somebody else's chat template."""
+    image_text: str = "<image>\n"
+    """What stands for an image in a chat template, until the processor puts placeholders there."""
+    images_first: bool = True
+    """Whether a turn's images come before its text, as in LLaVA's templates; otherwise they stay where they are."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens that the processor asks the tokenizer for by role."""
     read: Callable[[str, Mapping[str, Any], str], ModelConfig]
     """(family, config.json, its path) -> ours"""
     write: Callable[[str, ModelConfig, Words], dict[str, Any]]
@@ -192,11 +196,12 @@ FAMILIES: dict[str, Family] = {
         processor="LlavaOnevisionProcessor",
         image_processor="LlavaOnevisionImageProcessor",
         prefixes=PREFIXES["llava_next"],
-        template="qwen",
+        template="onevision",
         layout={"kind": "anyres"},
         projection={"newline": True},
         projection_free=_MLP_FREE,
         **_CLIP_LIKE,  # type: ignore[arg-type]
+        tokens={"image_token": "<image>", "video_token": "<video>"},
     ),
     "internvl": Family(
         architecture="InternVLForConditionalGeneration",
@@ -207,7 +212,7 @@ FAMILIES: dict[str, Family] = {
         towers=("internvit",),
         languages=internvl.LANGUAGES,
         projector="internvl",
-        template="internvl",
+        template="chatml",
         read=internvl.read,
         write=internvl.write,
         vision={"keep_class_token": False},
@@ -215,6 +220,13 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "pixel_shuffle"},
         projection=internvl.PROJECTOR,
         tied=True,
+        image_text="<IMG_CONTEXT>\n",
+        tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
     ),
     "qwen2_vl": Family(
         architecture="Qwen2VLForConditionalGeneration",
@@ -233,6 +245,9 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "merge"},
         projection={"norm": "layernorm", "norm_place": "patch", "norm_eps": 1e-6},
         projection_free=frozenset({"hidden_size"}),
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
+        images_first=False,
+        tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     ),
     "qwen2_5_vl": Family(
         architecture="Qwen2_5_VLForConditionalGeneration",
@@ -251,6 +266,9 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "merge"},
         projection={"norm": "rmsnorm", "norm_place": "patch", "norm_eps": 1e-6},
         projection_free=frozenset({"hidden_size"}),
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
+        images_first=False,
+        tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     ),
     "ovis2": Family(
         architecture="Ovis2ForConditionalGeneration",
@@ -291,6 +309,13 @@ FAMILIES: dict[str, Family] = {
         projection_free=frozenset({"norm_eps"}),
         language={"image_attention": "bidirectional"},
         tied=True,
+        image_text="<start_of_image>",
+        images_first=False,
+        tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
     ),
     "idefics3": Family(
         architecture="Idefics3ForConditionalGeneration",
@@ -309,6 +334,8 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "pixel_shuffle"},
         projection=idefics.PROJECTOR,
         tower_variant="idefics3",
+        image_text="<image>",
+        images_first=False,
     ),
     "smolvlm": Family(
         architecture="SmolVLMForConditionalGeneration",
@@ -319,7 +346,7 @@ FAMILIES: dict[str, Family] = {
         towers=("siglip",),
         languages=idefics.LANGUAGES,
         projector="idefics3",
-        template="smolvlm",
+        template="idefics3",
         read=idefics.read,
         write=idefics.write,
         vision={"feature_layer": -1, "post_norm": True},
@@ -327,6 +354,8 @@ FAMILIES: dict[str, Family] = {
         reduce={"kind": "pixel_shuffle"},
         projection=idefics.PROJECTOR,
         tower_variant="smolvlm",
+        image_text="<image>",
+        images_first=False,
     ),
     "blip2": Family(
         architecture="Blip2ForConditionalGeneration",
@@ -354,6 +383,7 @@ FAMILIES: dict[str, Family] = {
                 "cross_attention_every",
             }
         ),
+        image_text="",
     ),
 }
 """By ModelConfig.family."""
@@ -394,18 +424,14 @@ ALONE: dict[str, Alone] = {
     "CLIPVisionModelWithProjection": Alone(
         part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=r"visual_projection\."
     ),
-    "CLIPModel": Alone(
-        part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"
-    ),
+    "CLIPModel": Alone(part="vision", kind="clip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"),
     "SiglipVisionModel": Alone(part="vision", kind="siglip", prefixes=_TWO_TOWERS),
     "SiglipModel": Alone(
         part="vision", kind="siglip", prefixes=_TWO_TOWERS, left_out=_TEXT_TOWER, section="vision_config"
     ),
     "InternVLVisionModel": Alone(part="vision", kind="internvit", prefixes=_tower("")),
     "Aimv2VisionModel": Alone(part="vision", kind="aimv2", prefixes=_AIMV2),
-    "Aimv2Model": Alone(
-        part="vision", kind="aimv2", prefixes=_AIMV2, left_out=_TEXT_TOWER, section="vision_config"
-    ),
+    "Aimv2Model": Alone(part="vision", kind="aimv2", prefixes=_AIMV2, left_out=_TEXT_TOWER, section="vision_config"),
     "LlamaForCausalLM": Alone(part="language", kind="llama", prefixes=_DECODER),
     "MistralForCausalLM": Alone(part="language", kind="mistral", prefixes=_DECODER),
     "Qwen2ForCausalLM": Alone(part="language", kind="qwen2", prefixes=_DECODER),

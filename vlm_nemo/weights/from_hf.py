@@ -50,9 +50,8 @@ def to_checkpoint(
     with new_folder(out) as draft:
         grown = cfg.language.vocab_size
         if wordy is not None:
-            added = import_tokenizer(wordy.path, draft / "tokenizer")
+            added = import_tokenizer(wordy.path, draft / "tokenizer", _image_id(wordy))
             tokenizer = Tokenizer(draft / "tokenizer")
-            _check_image_token(wordy, tokenizer)
             grown = rows_needed(tokenizer.vocab_size, cfg.language.vocab_size)
             if added or grown > cfg.language.vocab_size:
                 say(_growth(added, cfg.language.vocab_size, grown))
@@ -88,17 +87,11 @@ def _check_parts(folders: Sequence[HFFolder]) -> None:
             giver[part] = folder
 
 
-def _check_image_token(folder: HFFolder, tokenizer: Tokenizer) -> None:
-    """Of a whole model: its placeholder must be the tokenizer's."""
+def _image_id(folder: HFFolder) -> int | None:
+    """The placeholder that a whole model's config.json names."""
     if folder.family is None:
-        return
-    for key in ("image_token_id", "image_token_index"):
-        said = folder.config.get(key)
-        if said is not None and said != tokenizer.image_id:
-            raise UserError(
-                f"{folder.path}/config.json: {key}={said}, but the tokenizer's image token is "
-                f"{tokenizer.image_id}; they must be equal"
-            )
+        return None
+    return folder.config.get("image_token_id", folder.config.get("image_token_index"))
 
 
 def _growth(added: Sequence[str], rows: int, grown: int) -> str:

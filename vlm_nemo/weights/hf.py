@@ -93,7 +93,7 @@ class HFFolder:
                     self._where[name] = (file, key)
         if strange:
             raise UserError(
-                f"{self.path}: {_tensors(strange)} no place in a {self.architecture}, or twice the same"
+                f"{self.path}: {_tensors(strange)} that a {self.architecture} has no place for, or that are there twice"
             )
 
     def naming(self, cfg: ModelConfig) -> Naming:
@@ -158,9 +158,7 @@ class HFFolder:
     def check(self, cfg: ModelConfig) -> None:
         """That every tensor of the model is there, in its shape, and that no other is. One error that lists them."""
         naming = self.naming(cfg)
-        wanted = {
-            (entry.part, name): entry for entry in naming.entries(cfg, self.parts) for name in entry.theirs
-        }
+        wanted = {(entry.part, name): entry for entry in naming.entries(cfg, self.parts) for name in entry.theirs}
         missing = [naming.spelled(*name) for name in wanted if name not in self._where]
         strange = [self._where[name][1] for name in naming.leftovers(self.names(), cfg)[1]]
         faults = []
@@ -289,12 +287,12 @@ def hf_tensors(step_folder: Path, cfg: ModelConfig, part: str | None = None) -> 
         for name, tensor in zip(entry.theirs, entry.transform.split(whole, entry.sizes), strict=True):
             yield naming.spelled(entry.part, name), tensor
     kept = kept_names(reader, parts)
-    whole_tower = exported_vision(naming, cfg, kept) == cfg.vision
-    for name, key in kept.items():
-        if name == ("language", HEAD_NAME):  # a second copy of tied embeddings: as they are now, not as they came
-            yield naming.spelled(*name), reader.whole("weight", EMBEDDING)
-        elif whole_tower or name not in naming.idle_layers(cfg):
-            yield naming.spelled(*name), reader.whole(tensors.UNUSED_KIND, key)
+    idle = set() if exported_vision(naming, cfg, kept) == cfg.vision else naming.idle_layers(cfg)
+    for left, key in kept.items():
+        if left == ("language", HEAD_NAME):  # a second copy of tied embeddings: as they are now, not as they came
+            yield naming.spelled(*left), reader.whole("weight", EMBEDDING)
+        elif left not in idle:
+            yield naming.spelled(*left), reader.whole(tensors.UNUSED_KIND, key)
     if "vision" in parts and naming.tables["vision"].when_stood_in(cfg.vision):
         for stand_in in naming.tables["vision"].stand_ins:
             if ("vision", stand_in.theirs) not in kept:

@@ -50,9 +50,7 @@ class Naming:
             return set()
         rows = [row for row in self.tables["vision"].rows if LAYER in row.ours and row.when(v)]
         names = [name for row in rows for name in row.theirs]
-        return {
-            ("vision", name.replace(LAYER, str(n))) for n in range(layers_used(v), v.num_layers) for name in names
-        }
+        return {("vision", name.replace(LAYER, str(n))) for n in range(layers_used(v), v.num_layers) for name in names}
 
     def leftovers(self, names: Iterable[Name], cfg: ModelConfig) -> tuple[list[Name], list[Name]]:
         """(what no forward pass of ours reads and may be kept aside, what nobody knows) among `names`."""
@@ -136,5 +134,3 @@ def listed(keys: Iterable[str]) -> str:
     names = sorted(keys)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-

@@ -17,12 +17,12 @@ from vlm_nemo.train import checkpoint, tensors
 from vlm_nemo.types import UserError
 from vlm_nemo.weights import card
 from vlm_nemo.weights.config import check_exportable, hf_config_of
-from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.hf import hf_tensors, kept_names
 from vlm_nemo.weights.preprocessing import preprocessor_config, processor_config
 from vlm_nemo.weights.shards import cast, new_folder, write_hf, write_json
 from vlm_nemo.weights.tables import exported_vision, naming_of, naming_of_part
-from vlm_nemo.weights.words import export_tokenizer
+from vlm_nemo.weights.words import export_tokenizer, generation_config
+
 
 def to_folder(
     step_folder: Path,
@@ -61,10 +61,8 @@ def to_folder(
         if part is None:
             write_json(draft / "processor_config.json", processor_config(shown))
         if tokenizer is not None:
-            processor = None if part else FAMILIES[cfg.family].processor
-            export_tokenizer(tokenizer, draft, TEMPLATES[template], processor)
-            ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write_json(draft / "generation_config.json", ids)
+            export_tokenizer(tokenizer, draft, TEMPLATES[template], None if part else cfg.family)
+            write_json(draft / "generation_config.json", generation_config(tokenizer, TEMPLATES[template]))
         tower_kept = any(part == "vision" for part, _ in kept)
         text = card.model_card(shown, written, config, template, part=part, source=str(step_folder), kept=tower_kept)
         (draft / "README.md").write_text(text, encoding="utf-8")

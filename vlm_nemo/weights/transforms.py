@@ -93,9 +93,7 @@ def _with_identity(tensor: Tensor, _: Sizes) -> list[Tensor]:
 IDENTITY = Transform(join=lambda tensors, _: tensors[0], split=lambda tensor, _: [tensor])
 """The same tensor under another name."""
 
-QKV = Transform(
-    join=_interleave, split=lambda tensor, sizes: _deinterleave(tensor, _counts(sizes), sizes.kv_heads)
-)
+QKV = Transform(join=_interleave, split=lambda tensor, sizes: _deinterleave(tensor, _counts(sizes), sizes.kv_heads))
 """Query, key and value projections to megatron's one, interleaved by key/value head."""
 
 KV = Transform(join=_interleave, split=lambda tensor, sizes: _deinterleave(tensor, (1, 1), sizes.kv_heads))

@@ -1,16 +1,19 @@
-"""The language's files: a tokenizer that has the tokens we need, and our template as a chat template of jinja."""
+"""The language's files: a tokenizer that has the tokens we need, and a chat template beside it."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_nemo.data.chat import TEMPLATES, Template
+from vlm_nemo.data.chat import TEMPLATES, Template, end_id
 from vlm_nemo.data.tokenizer import KEPT, NEEDED, Tokenizer
 from vlm_nemo.types import IMAGE_MARKER, UserError
+from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.hf import read_json
+from vlm_nemo.weights.jinja import jinja
 
 CHAT_TEMPLATE = "chat_template.jinja"
 PAD = "<pad>"
@@ -18,10 +21,11 @@ ROWS = 64
 """An embedding grows to a multiple of this."""
 
 
-def import_tokenizer(source: Path, target: Path) -> list[str]:
+def import_tokenizer(source: Path, target: Path, image_id: int | None = None) -> list[str]:
     """Copy a folder's tokenizer and add what it lacks of `<image>` and `<pad>`; returns the tokens added.
 
-    Raises UserError if there is no fast tokenizer.
+    image_id: the placeholder that config.json names; None = the one that the tokenizer names.
+    Raises UserError if there is no fast tokenizer, or no special token of that id.
     """
     for name in NEEDED:
         if not (source / name).is_file():
@@ -39,6 +43,8 @@ def import_tokenizer(source: Path, target: Path) -> list[str]:
     ids.update((token["content"], token["id"]) for token in tokens)
     next_id = max([*ids.values(), len(content["model"].get("vocab", [])) - 1]) + 1
     added = []
+    if image_id is not None:
+        config["image_token"] = _placeholder(source, tokens, image_id)
     for role, name in (("image_token", IMAGE_MARKER), ("pad_token", PAD)):
         known = config.get(role)
         name = (known.get("content") if isinstance(known, dict) else known) or name
@@ -56,8 +62,19 @@ def import_tokenizer(source: Path, target: Path) -> list[str]:
     return added
 
 
-def export_tokenizer(tokenizer: Tokenizer, target: Path, template: Template, processor: str | None) -> None:
-    """The tokenizer's files with our chat template; processor: the class that AutoProcessor is to build, if any.
+def _placeholder(source: Path, tokens: list[dict[str, Any]], image_id: int) -> str:
+    """The name of the special token of that id."""
+    for token in tokens:
+        if token["id"] == image_id:
+            return str(token["content"])
+    raise UserError(
+        f"{source}/config.json: the image token is {image_id}, but tokenizer.json has no added token of that id; they "
+        "must be of one model"
+    )
+
+
+def export_tokenizer(tokenizer: Tokenizer, target: Path, template: Template, family: str | None) -> None:
+    """The tokenizer's files with our chat template; family: whose processor AutoProcessor is to build, if any's.
 
     Ours encodes what lies between two special tokens by itself, as LLaVA's training did, so that a SentencePiece-like
     tokenizer puts its "▁" before each such piece. The files are made to say so: some put it before the first only, and
@@ -70,8 +87,29 @@ def export_tokenizer(tokenizer: Tokenizer, target: Path, template: Template, pro
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("chat_template", None)  # an earlier one would stand beside ours
     config.pop("processor_class", None)
-    _write(target / "tokenizer_config.json", {**config, **({"processor_class": processor} if processor else {})})
-    (target / CHAT_TEMPLATE).write_text(jinja(template), encoding="utf-8")
+    if family is not None:
+        config["processor_class"] = FAMILIES[family].processor
+        config |= {"extra_special_tokens": roles} if (roles := _roles(FAMILIES[family].tokens, content)) else {}
+    _write(target / "tokenizer_config.json", config)
+    text = jinja(template, *_marks(family)) if family is not None else jinja(template)
+    (target / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+
+
+def generation_config(tokenizer: Tokenizer, template: Template) -> dict[str, Any]:
+    """generation_config.json: where answers end, by the template and by the tokenizer."""
+    end = end_id(tokenizer, template)
+    ends: int | list[int] = tokenizer.eos_id if end == tokenizer.eos_id else [end, tokenizer.eos_id]
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+
+
+def _roles(wanted: Mapping[str, str], content: Mapping[str, Any]) -> dict[str, str]:
+    """Of the tokens that a family's processor asks for by role those that the tokenizer has."""
+    known = {token["content"] for token in content.get("added_tokens") or []}
+    return {role: name for role, name in wanted.items() if name in known}
+
+
+def _marks(family: str) -> tuple[str, bool]:
+    return FAMILIES[family].image_text, FAMILIES[family].images_first
 
 
 def _prepend_always(step: dict[str, Any] | None) -> bool:
@@ -95,41 +133,8 @@ def template_of(folder: Path) -> str | None:
     """The name of our template that a folder's chat template is, to the letter; None for anybody else's."""
     path = folder / CHAT_TEMPLATE
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    return next((name for name, template in TEMPLATES.items() if jinja(template) == text), None)
-
-
-def jinja(template: Template) -> str:
-    """A template in the language of Hugging Face's chat templates: the text that training saw, from bos to eos.
-
-    Contents are text, or lists of {"type": "text" | "image"}: a turn's images come first, a line each, as LLaVA has
-    them. `add_generation_prompt` ends where the assistant starts to speak.
-    """
-    system = (
-        "{%- if messages and messages[0]['role'] == 'system' -%}"
-        "{{- text(messages[0]['content']) + " + _quoted(template.system_end) + " -}}{%- set turns = messages[1:] -%}"
-        "{%- else -%}"
-        "{{- " + _quoted(template.system + template.system_end if template.system else "") + " -}}"
-        "{%- set turns = messages -%}{%- endif -%}"
-    )
-    return (
-        "{%- macro text(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
-        "{%- for item in content if item['type'] == 'image' -%}{{- "
-        + _quoted(IMAGE_MARKER + "\n")
-        + " -}}{%- endfor -%}"
-        "{%- for item in content if item['type'] == 'text' -%}{{- item['text'] -}}{%- endfor -%}"
-        "{%- endif -%}{%- endmacro -%}"
-        "{{- bos_token -}}" + system + "{%- for message in turns -%}{%- if message['role'] == 'user' -%}"
-        "{{- " + _quoted(template.user_start) + " + text(message['content']) + " + _quoted(template.user_end) + " -}}"
-        "{%- else -%}"
-        "{{- " + _quoted(template.assistant_start + template.assistant_lead) + " + text(message['content']) | trim"
-        " + eos_token -}}{%- endif -%}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- " + _quoted(template.assistant_start) + " -}}{%- endif -%}"
-    )
-
-
-def _quoted(text: str) -> str:
-    """A string literal of jinja."""
-    return json.dumps(text)
+    marks = dict.fromkeys(_marks(family) for family in FAMILIES)
+    return next((name for name, t in TEMPLATES.items() for mark in marks if jinja(t, *mark) == text), None)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -28,7 +28,8 @@ COMMON: dict[str, Any] = {"image_mean": MEAN, "image_std": STD}
 
 
 def spec(layout: LayoutConfig, **changes: Any) -> ImageSpec:
-    return image_spec(layout, **({"size": SIDE, "patch": PATCH, "mean": MEAN} | changes))
+    sizes: dict[str, Any] = {"size": SIDE, "patch": PATCH, "mean": MEAN}
+    return image_spec(layout, **(sizes | changes))
 
 
 def views(data: bytes, of: ImageSpec, resize: Any = pil_resize) -> list[NDArray[Any]]:
@@ -164,7 +165,8 @@ def test_every_image_has_a_plan_that_adds_up(name: str) -> None:
         if max(width, height) > 100 * min(width, height):
             continue
         plan = plan_image(ours, (width, height))
-        sources = plan.sources
+        sources, shares = plan.sources
+        assert shares is None
         assert sum(canvas.views for canvas in plan.canvases) == len(plan.grids)
         assert sources.max() < plan.embeddings and count_tokens(ours, (width, height)) >= len(sources)
         kept = sources[sources >= 0]

@@ -15,7 +15,7 @@ import webdataset
 from tests.data.http_server import serve_folder
 from tests.data.raw_data import SPEC, add_member, picture, write_img2dataset
 from vlm_nemo.data.chat import TEMPLATES
-from vlm_nemo.data.config import StoreConfig
+from vlm_nemo.data.config import LayoutConfig, StoreConfig
 from vlm_nemo.data.layout.images import count_tokens
 from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, EMPTY_CAPTION, IMAGE_SIZE, MISSING_IMAGE, SampleError
 from vlm_nemo.data.storage.cache import Cache
@@ -350,5 +350,5 @@ def test_half_a_surrogate_pair_drops_one_sample(raw: Path, tmp_path: Path, prepa
             records.append(folder.record(i))
         except SampleError as found:
             records.append(found)
-    lengths = measure(records, tokenizer, TEMPLATES["plain"])
+    lengths = measure(records, tokenizer, TEMPLATES["plain"], LayoutConfig())
     assert lengths[0] > 0 and lengths[1] == -1 - REASONS.index(BAD_JSON)

@@ -8,6 +8,9 @@ The tiles' embeddings are read line by line across all tiles; lines and columns 
 out, and each line ends with the learned newline:
 
     sources  [whole: 0 … 575] [line 1: 576 … 599, 1152 … 1175, newline] [line 2: …] …
+
+LLaVA-OneVision scales the lines down where they are more than max_unpadded tiles: each embedding that is left is a
+bilinear mean of four.
 """
 
 from __future__ import annotations
@@ -16,9 +19,8 @@ import math
 
 import numpy as np
 
-from vlm_nemo.data.layout.plan import Canvas, ImagePlan, Ints, Placeholders, run
+from vlm_nemo.data.layout.plan import Canvas, ImagePlan, Ints, Placeholders, Shares, run
 from vlm_nemo.data.layout.spec import ImageSpec, reduced, view_tokens
-from vlm_nemo.data.sample import IMAGE_SIZE, SampleError
 from vlm_nemo.types import UserError
 
 NEWLINE = -1
@@ -38,11 +40,15 @@ def plan_anyres(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
     tokens = view_tokens(spec, spec.grid)
     rows, columns = best[0] // side, best[1] // side
     lines = _lines(spec, rows, columns, width, height)
+    limit = spec.layout.max_unpadded
+    down, _ = reduced(spec, spec.grid)
+    ratio = 0.0 if limit is None else math.sqrt(lines.size / (limit * down * down))
+    sources, shares = (lines, None) if ratio <= 1.1 else scaled_down(lines, ratio)
     return ImagePlan(
         canvases=(whole, tiles),
         grids=(spec.grid,) * (1 + rows * columns),
         embeddings=tokens * (1 + rows * columns),
-        items=(run(0, tokens), Placeholders(sources=_with_newlines(lines))),
+        items=(run(0, tokens), _with_newlines(sources, shares)),
     )
 
 
@@ -89,22 +95,33 @@ def _lines(spec: ImageSpec, rows: int, columns: int, width: int, height: int) ->
     first = np.arange((1 + rows * columns) * down * across).reshape(1 + rows * columns, down, across)
     board = first[1:].reshape(rows, columns, down, across).transpose(0, 2, 1, 3).reshape(rows * down, columns * across)
     top, bottom, left, right = unpadded(rows * down, columns * across, width, height)
-    board = board[top:bottom, left:right]
-    limit = spec.layout.max_unpadded
-    if limit is not None and math.sqrt(board.size / (limit * down * down)) > 1.1:
-        raise SampleError(
-            IMAGE_SIZE,
-            f"{width} x {height} pixels would be {board.size} embeddings, more than model.layout.max_unpadded={limit} "
-            "tiles; they would have to be interpolated, which is not done; leave large resolutions out of "
-            "model.layout.pinpoints",
-        )
-    return board
+    return board[top:bottom, left:right]
 
 
-def _with_newlines(lines: Ints) -> Ints:
-    """[M]: line by line, a newline behind each."""
-    newline = np.full((len(lines), 1), NEWLINE, dtype=np.int64)
-    return np.concatenate([lines, newline], axis=1).reshape(-1)
+def scaled_down(lines: Ints, ratio: float) -> tuple[Ints, Shares]:
+    """[rows, columns] -> [rows / ratio, columns / ratio, 4] sources and shares, as PyTorch interpolates (bilinear, not
+    antialiased, corners not aligned)."""
+    (top, bottom, down), (left, right, across) = (_between(side, int(side // ratio)) for side in lines.shape)
+    corners = [lines[np.ix_(y, x)] for y in (top, bottom) for x in (left, right)]
+    weights = [np.multiply.outer(v, h) for v in (1 - down, down) for h in (1 - across, across)]
+    return np.stack(corners, axis=-1), np.stack(weights, axis=-1).astype(np.float32)
+
+
+def _between(side: int, to: int) -> tuple[Ints, Ints, Shares]:
+    """For each of `to` places: its neighbours before and behind among `side`, and the share of the latter."""
+    at = np.maximum((np.arange(to, dtype=np.float32) + np.float32(0.5)) * np.float32(side / to) - np.float32(0.5), 0)
+    before = at.astype(np.int64)
+    return before, np.minimum(before + 1, side - 1), (at - before).astype(np.float32)
+
+
+def _with_newlines(lines: Ints, shares: Shares | None) -> Placeholders:
+    """Line by line, a newline behind each."""
+    newline = np.full((len(lines), 1, *lines.shape[2:]), NEWLINE, dtype=np.int64)
+    sources = np.concatenate([lines, newline], axis=1).reshape(-1, *lines.shape[2:])
+    if shares is not None:
+        whole = np.tile(np.array([1, 0, 0, 0], dtype=np.float32), (len(lines), 1, 1))
+        shares = np.concatenate([shares, whole], axis=1).reshape(-1, 4)
+    return Placeholders(sources=sources, shares=shares)
 
 
 def _check(spec: ImageSpec) -> None:

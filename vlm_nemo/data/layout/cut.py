@@ -30,6 +30,7 @@ def cut(pixels: Pixels, plan: ImagePlan, patch: int, resize: Resize, out: Pixels
 def _patches(view: Pixels, patch: int, out: Pixels, at: int) -> int:
     """[H, W, 3] -> rows `at` and following of out; returns the row behind them."""
     rows, columns = view.shape[0] // patch, view.shape[1] // patch
+    view = view[: rows * patch, : columns * patch]  # 384 pixels are 27 patches of 14
     end = at + rows * columns
     target = out[at:end].reshape(rows, columns, patch, patch, 3)
     target[:] = view.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 1, 3, 4)

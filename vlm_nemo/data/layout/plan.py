@@ -15,7 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Shares = NDArray[np.float32]
+Sources = tuple[Ints, Shares | None]
+"""[M] and None, or [M, 4] and as many shares."""
 _NONE: Ints = np.zeros(0, dtype=np.int64)
+_WHOLE: Shares = np.array([1, 0, 0, 0], dtype=np.float32)
 Size = tuple[int, int]
 """(height, width), pixels; only an image's own size is (width, height), as its file says it."""
 
@@ -47,7 +51,9 @@ class Placeholders:
     """A run of tokens whose embeddings are replaced."""
 
     sources: Ints
-    """Counted from the image's first embedding; -1 - k: the projector's extra row k."""
+    """[n], or [n, 4] with shares: counted from the image's first embedding; -1 - k: the projector's extra row k."""
+    shares: Shares | None = None
+    """[n, 4]: how much of each; None = all of one."""
     token: str = ""
     """Name of the special token that stands there; "" = the tokenizer's image token."""
 
@@ -78,9 +84,9 @@ class ImagePlan:
     """The decoder looks at the image from here on; its one token keeps its own embedding."""
 
     @property
-    def sources(self) -> Ints:
-        """[M]: of all placeholders, one after the other."""
-        return np.concatenate([_NONE, *(item.sources for item in self.items if not isinstance(item, str))])
+    def sources(self) -> Sources:
+        """[M] or [M, 4], and then shares: of all placeholders, one after the other."""
+        return side_by_side([(item.sources, item.shares) for item in self.items if not isinstance(item, str)])
 
     def stands_like(self, other: ImagePlan) -> bool:
         """Whether both have the same tokens, views and embeddings; their pixels may be cut in other ways."""
@@ -100,7 +106,9 @@ class ImagePlan:
 def _alike(one: Item, other: Item) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return one == other
-    return one.token == other.token and np.array_equal(one.sources, other.sources)
+    if one.token != other.token or not np.array_equal(one.sources, other.sources):
+        return False
+    return one.shares is other.shares is None or np.array_equal(one.shares, other.shares)  # type: ignore[arg-type]
 
 
 def run(start: int, end: int) -> Placeholders:
@@ -113,12 +121,19 @@ def plain(count: int, before: str = "", after: str = "") -> ImagePlan:
     return ImagePlan(items=(run(0, count),) if count else (), embeddings=count, before=before, after=after)
 
 
-def offset(sources: Sequence[Ints], embeddings: Sequence[int]) -> Ints:
+def side_by_side(parts: Sequence[Sources]) -> Sources:
+    """One after the other; where any of them has shares, the others get [1, 0, 0, 0]."""
+    if all(shares is None for _, shares in parts):
+        return np.concatenate([_NONE, *(sources for sources, _ in parts)]), None
+    wide = [(np.tile(s[:, None], 4), np.tile(_WHOLE, (len(s), 1))) if h is None else (s, h) for s, h in parts]
+    return np.concatenate([s for s, _ in wide]), np.concatenate([h for _, h in wide])
+
+
+def offset(parts: Sequence[Sources], embeddings: Sequence[int]) -> Sources:
     """Sources of images side by side: each one's embeddings follow on those before it.
 
     ([[0, -1, 1], [0, 1]], [2, 2]) -> [0 -1 1 2 3]
     """
-    if not sources:
-        return _NONE
-    starts = np.cumsum([0, *embeddings[:-1]])
-    return np.concatenate([np.where(s >= 0, s + start, s) for s, start in zip(sources, starts, strict=True)])
+    starts = np.cumsum([0, *embeddings])
+    moved = [(np.where(s >= 0, s + start, s), h) for (s, h), start in zip(parts, starts, strict=False)]
+    return side_by_side(moved)

@@ -45,7 +45,7 @@ class ImageSpec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of a square view."""
+        """Rows and columns of patches of a square view; pixels that fill no patch are left out (SigLIP: 384 / 14)."""
         return self.size // self.patch, self.size // self.patch
 
 
@@ -63,8 +63,10 @@ def image_spec(
     cross_attention: bool = False,
 ) -> ImageSpec:
     """(…, size=336, patch=14) -> 576 embeddings a view. Raises UserError for sizes that do not go together."""
-    if size < 1 or patch < 1 or size % patch:
-        raise UserError(f"model.vision.image_size={size} is not a multiple of model.vision.patch_size={patch}")
+    if not 1 <= patch <= size:
+        raise UserError(
+            f"model.vision.patch_size={patch} must be at least 1 and at most model.vision.image_size={size}"
+        )
     if layout.aspect not in ASPECTS:
         raise UserError(f"model.layout.aspect={layout.aspect} is unknown; choose one of {', '.join(ASPECTS)}")
     spec = ImageSpec(

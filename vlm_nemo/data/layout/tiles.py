@@ -62,7 +62,7 @@ def plan_ovis(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
 
 
 def plan_canvas(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
-    """Llama 3.2: tiles of the canvas that the image fits best, in its own shape, padded black below and at the right."""
+    """Llama 3.2: tiles of the canvas that the image fits best, in its own shape, padded below and at the right."""
     width, height = size
     side = spec.size
     rows, columns = best_canvas(width, height, side, _limits(spec)[1])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from vlm_nemo.model.config import ModelConfig
@@ -15,22 +18,20 @@ from vlm_nemo.model.reduce import reduce, reduced_width
 from vlm_nemo.model.transformer import ACTIVATIONS, transformer_config
 from vlm_nemo.model.views import Grid
 from vlm_nemo.runtime.config import ParallelConfig
-
-NORMS = {"none": "RMSNorm", "layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "gemma": "RMSNorm"}
-"""Our names of norms to megatron's."""
+from vlm_nemo.types import UserError
 
 
 class Projector(MegatronModule):
-    """[N, D_vision] of views -> [E, D_language]. The norm and the reduction that come first are here."""
+    """[N, D_vision] of views -> [E, D_language]. The reduction, and the norm before or behind it, are here."""
 
     def __init__(self, cfg: ModelConfig, config: TransformerConfig) -> None:
         super().__init__(config=config)
         own = cfg.projector
-        self.reduction, self.norm_place = cfg.reduce, own.norm_place
+        self.reduction = cfg.reduce
         self.width_in = reduced_width(cfg.vision.hidden_size, cfg.reduce)
-        self.norm: nn.Module = nn.Identity()
-        if own.norm != "none":
-            width = cfg.vision.hidden_size if own.norm_place == "patch" else self.width_in
+        self.norm_place = None if own.norm == "none" else own.norm_place
+        if self.norm_place is not None:
+            width = cfg.vision.hidden_size if self.norm_place == "patch" else self.width_in
             self.norm = Norm(config, width, own.norm_eps)
         self.newline = None
         if own.newline:
@@ -54,8 +55,27 @@ class Projector(MegatronModule):
         return None if self.newline is None else self.newline[None]
 
 
+class Layers(nn.ModuleList):
+    """Layers that each say how the tensor group splits them; a plain ModuleList's would count as whole."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        found: ShardedStateDict = {}
+        for n, layer in enumerate(self):
+            found.update(sharded_state_dict_default(layer, f"{prefix}{n}.", sharded_offsets, metadata))
+        return found
+
+
 def projector_config(
-    cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, width: int, inner: int, heads: int
+    cfg: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    *,
+    width: int,
+    inner: int,
+    heads: int,
+    **sizes: Any,
 ) -> TransformerConfig:
     """megatron's config of a projector of this width, with `inner` channels inside its MLPs."""
     own = cfg.projector
@@ -68,8 +88,16 @@ def projector_config(
         ffn_hidden_size=inner,
         num_attention_heads=heads,
         activation_func=ACTIVATIONS[own.activation],
-        normalization=NORMS[own.norm],
-        layernorm_zero_centered_gamma=own.norm == "gemma",
         layernorm_epsilon=own.norm_eps,
         add_bias_linear=own.bias,
+        **sizes,
     )
+
+
+def divides(parallel: ParallelConfig, **sizes: int) -> None:
+    """Raises UserError for the first of these keys of `model` (dots as __) that parallel.tensor does not divide."""
+    for key, size in sizes.items():
+        if size % parallel.tensor:
+            raise UserError(
+                f"model.{key.replace('__', '.')}={size} is not a multiple of parallel.tensor={parallel.tensor}"
+            )

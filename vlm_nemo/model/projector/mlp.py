@@ -10,39 +10,46 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.projector.base import Projector, projector_config
+from vlm_nemo.model.projector.base import Layers, Projector, divides, projector_config
 from vlm_nemo.model.transformer import ACTIVATIONS, mlp_spec
 from vlm_nemo.model.views import Grid
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
+NORMS = {"none": "RMSNorm", "layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "gemma": "RMSNorm"}
+"""Our names of norms to megatron's."""
+
 
 class MLPProjector(Projector):
-    """num_layers linear layers. One alone gives whole outputs; of several, each is split over the tensor group."""
+    """`layers` linear layers. One alone gives whole outputs; of several, each is split over the tensor group."""
 
-    def __init__(self, cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, layers: int) -> None:
         own, width_out = cfg.projector, cfg.language.hidden_size
         inner = own.hidden_size or width_out
-        # the heads are not used, but megatron checks that tensor divides them
-        super().__init__(
-            cfg, projector_config(cfg, parallel, dtype, width=width_out, inner=inner, heads=parallel.tensor)
+        if layers < 1:
+            raise UserError(f"model.projector.num_layers is {layers}; at least 1 is needed")
+        divides(parallel, projector__hidden_size=inner, language__hidden_size=width_out)
+        config = projector_config(
+            cfg,
+            parallel,
+            dtype,
+            width=width_out,
+            inner=inner,
+            heads=parallel.tensor,  # not used, but megatron checks that tensor divides it
+            normalization=NORMS[own.norm],
+            layernorm_zero_centered_gamma=own.norm == "gemma",
         )
-        if own.num_layers < 1:
-            raise UserError(f"model.projector.num_layers is {own.num_layers}; at least 1 is needed")
-        for key, size in {"projector.hidden_size": inner, "language.hidden_size": width_out}.items():
-            if size % parallel.tensor:
-                raise UserError(f"model.{key}={size} is not a multiple of parallel.tensor={parallel.tensor}")
+        super().__init__(cfg, config)
         self.activation = ACTIVATIONS[own.activation]
         self.layers: nn.Module
-        if own.num_layers == 1:
+        if layers == 1:
             self.layers = self.linear(self.width_in, width_out, last=True)
-        elif own.num_layers == 2:
+        elif layers == 2:
             self.layers = MLP(self.config, mlp_spec(), input_size=self.width_in, ffn_hidden_size=inner)
         else:
-            widths = [self.width_in, *[inner] * (own.num_layers - 1), width_out]
-            self.layers = nn.ModuleList(
-                self.linear(widths[n], widths[n + 1], last=n == own.num_layers - 1, row=n % 2 == 1)
-                for n in range(own.num_layers)
+            widths = [self.width_in, *[inner] * (layers - 1), width_out]
+            self.layers = Layers(
+                self.linear(widths[n], widths[n + 1], last=n == layers - 1, row=n % 2 == 1) for n in range(layers)
             )
 
     def linear(self, width_in: int, width_out: int, *, last: bool, row: bool = False) -> nn.Module:
@@ -53,7 +60,7 @@ class MLPProjector(Projector):
         return ColumnParallelLinear(width_in, width_out, gather_output=last, **shared)
 
     def project(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
-        if isinstance(self.layers, nn.ModuleList):
+        if isinstance(self.layers, Layers):
             x = features
             for n, layer in enumerate(self.layers):
                 x, _ = layer(x if n == 0 else self.activation(x))

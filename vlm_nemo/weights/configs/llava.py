@@ -102,7 +102,7 @@ def _max_unpadded(top: Mapping[str, Any], where: str) -> int | None:
 def write(family: str, cfg: ModelConfig, words: Words) -> dict[str, Any]:
     """config.json of a model that the family fits."""
     v, p = cfg.vision, cfg.projector
-    found = {
+    found: dict[str, Any] = {
         "ignore_index": -100,
         "image_token_index": words.image_id,
         "image_seq_length": view_tokens(cfg),

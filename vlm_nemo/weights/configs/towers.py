@@ -66,9 +66,7 @@ _SIGLIP_SWITCHES = dict(patch_bias=True, class_token=False, pre_norm=False)
 FORMS: dict[str, Form] = {
     "clip": Form(
         model_types=("clip_vision_model", "clip"),
-        fields=_usual(
-            768, 3072, 12, 12, patch=32, image=224, eps=("layer_norm_eps", 1e-5), act=("quick_gelu", "gelu")
-        ),
+        fields=_usual(768, 3072, 12, 12, patch=32, image=224, eps=("layer_norm_eps", 1e-5), act=("quick_gelu", "gelu")),
         demands={"num_channels": (3,)},
         says=("num_channels",),
         free=_FREE,
@@ -140,9 +138,7 @@ FORMS: dict[str, Form] = {
             ),
             Field(ours="temporal_patch_size", theirs="temporal_patch_size", default=2),
             Field(ours="window", theirs="window_size", default=112),
-            Field(
-                ours="full_attention_layers", theirs="fullatt_block_indexes", default=(7, 15, 23, 31), read=list
-            ),
+            Field(ours="full_attention_layers", theirs="fullatt_block_indexes", default=(7, 15, 23, 31), read=list),
         ),
         always=dict(
             class_token=False, pre_norm=False, position="rope", norm="rmsnorm", norm_eps=1e-6, gated=True, bias=True
@@ -198,8 +194,9 @@ VARIANTS: dict[str, Form] = {
         patch_size=14,
     ),
     "ovis2": replace(
-        _defaults(FORMS["aimv2"], image_size=224),
+        FORMS["aimv2"],
         model_types=("ovis2_vision", ""),
+        demands={name: allowed for name, allowed in FORMS["aimv2"].demands.items() if name != "is_native"},
     ),
     "idefics3": replace(
         _defaults(FORMS["siglip"], hidden_size=1152, num_attention_heads=16, patch_size=32),
@@ -248,6 +245,8 @@ def tower_of(given: Mapping[str, Any], allowed: Sequence[str]) -> str:
 def fitting_tower(cfg: VisionConfig, allowed: Sequence[str]) -> tuple[str, list[tuple[str, Any, Any]]]:
     """Of the towers allowed the one that a model's is, and where it still differs: the least of them."""
     found = [(name, misfits(FORMS[name], cfg)) for name in allowed]
+    if "qwen2_vl" in allowed and cfg.ffn_hidden_size % cfg.hidden_size:  # config.json has their ratio
+        dict(found)["qwen2_vl"].append(("ffn_hidden_size", cfg.ffn_hidden_size, f"multiples of {cfg.hidden_size}"))
     return min(found, key=lambda pair: len(pair[1]))
 
 

@@ -39,9 +39,7 @@ def _blocks(
     attention = f"{_OURS}.self_attention"
     return (
         *norm(f"{_OURS}.input_layernorm", f"{layer}.{norms[0]}"),
-        *linear(
-            f"{attention}.linear_qkv", *(f"{layer}.{n}" for n in qkv), transform=fused, bias=lambda v: v.qkv_bias
-        ),
+        *linear(f"{attention}.linear_qkv", *(f"{layer}.{n}" for n in qkv), transform=fused, bias=lambda v: v.qkv_bias),
         *linear(f"{attention}.linear_proj", f"{layer}.{proj}", bias=lambda v: v.bias),
         *norm(f"{_OURS}.pre_mlp_layernorm", f"{layer}.{norms[1]}"),
         *linear(f"{_OURS}.mlp.linear_fc1", *first, transform=into, bias=lambda v: v.bias),
