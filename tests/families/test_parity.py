@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.families.pairs import copy_weights, hf_inputs, hf_logits, sample, sizes_of
-from tests.ranks import run_ranks
 from tests.weights import zoo
 from vlm_nemo.data.packing import pack_batch
 from vlm_nemo.data.sample import EncodedSample
@@ -23,6 +22,7 @@ from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.types import IGNORE_INDEX
 
 WITHIN = 1e-4

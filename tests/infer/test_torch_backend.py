@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from tests import compositions, tiny
 from tests.compositions import Composition
-from tests.ranks import run_ranks
 from tests.squares import squares
 from vlm_nemo.data.packing import as_tensors
 from vlm_nemo.infer.backend import Row
@@ -26,6 +25,7 @@ from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.types import Images, UserError
 
 PROMPTS = [(1, 9, 1), (2, 17, 2), (3, 5, 0), (4, 30, 1)]

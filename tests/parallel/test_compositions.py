@@ -8,9 +8,9 @@ import pytest
 
 from tests import compositions
 from tests.compositions import Composition
-from tests.ranks import run_ranks
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.train.config import OptimConfig
 
 COUNT, SEED, STEPS, ROWS = 30, 2026, 3, 4

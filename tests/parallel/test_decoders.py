@@ -7,9 +7,9 @@ import torch
 
 from tests.model import decoders
 from tests.model.decoders import KINDS
-from tests.ranks import run_ranks
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 
 LAYOUTS: dict[str, dict[str, object]] = {
     "tp2": dict(tensor=2),

@@ -13,9 +13,9 @@ import pytest
 
 from tests import tiny
 from tests.data.raw_data import data_config, make_prepared, write_all_lengths
-from tests.ranks import run_ranks
 from vlm_nemo.data.config import PackConfig
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.train.config import OptimConfig
 
 STEPS = 3

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from tests import tiny
-from tests.ranks import run_ranks
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.train.config import OptimConfig
 
 FROZEN = {

@@ -7,8 +7,8 @@ import torch
 
 from tests import tiny
 from tests.model.looking import SAMPLES, looking_model, row
-from tests.ranks import run_ranks
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.train.config import OptimConfig
 
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from tests.model import parts, pieces
 from tests.model.pieces import Pieces
-from tests.ranks import run_ranks
 from vlm_nemo.model.projector.build import build_projector
 from vlm_nemo.model.views import vision_batch
 from vlm_nemo.model.vision import VisionTower
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 
 FLOAT = torch.float32
 

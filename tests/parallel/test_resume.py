@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import runs
-from tests.ranks import run_ranks
+from vlm_nemo.runtime.processes import run_ranks
 
 STEPS = 10
 

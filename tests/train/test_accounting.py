@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
 from vlm_nemo.data.config import DataConfig, SourceConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.sample import BROKEN_IMAGE, TOO_LONG, WRONG_LENGTH, Drop
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.train.accounting import Accounting, sample_lengths
 from vlm_nemo.train.config import OptimConfig, TrainerConfig
 from vlm_nemo.types import UserError

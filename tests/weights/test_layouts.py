@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
 from tests.weights import twins
 from tests.weights.test_round_trip import convert, hub_state, same, state
 from vlm_nemo.model.build import build_model
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import run_ranks
 from vlm_nemo.train import checkpoint, tensors
 from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.weights.hf import HFFolder, load_hf_weights
