@@ -95,7 +95,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     line = timeline(stages, job.micro)
     worst = max(stages, key=lambda s: s.peak)
     fits = worst.peak <= limit
-    recomputed = _with_recompute(job)
+    recomputed: list[StageNeeds] | list[None] = _with_recompute(job) or [None] * len(stages)
     table = Table(
         title=f"a rank of each stage, GiB; {job.world} ranks, {job.replicas} replicas, {job.micro} micro-batches",
         columns=("stage", "parameters", "weights", "gradients", "optimizer", "activations", "peak", "with recompute"),
@@ -106,7 +106,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 *(f"{size / GIB:.2f}" for size in (s.weights, s.gradients, s.optimizer, s.activations, s.peak)),
                 f"{again.peak / GIB:.2f}" if again else "=",
             )
-            for s, again in zip(stages, recomputed or [None] * len(stages), strict=True)
+            for s, again in zip(stages, recomputed, strict=True)
         ],
         bad=frozenset(i for i, s in enumerate(stages) if s.peak > limit),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
@@ -42,6 +43,8 @@ class Finding:
     ok: bool
     verdict: str
     """One line: what holds, or what does not and which key to change."""
+    skipped: bool = False
+    """Nothing was there to look at; neither good nor bad."""
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Assumptions, and what was left out."""
@@ -49,6 +52,11 @@ class Finding:
     """(caption, matplotlib Figure)"""
     data: dict[str, Any] = field(default_factory=dict)
     """The same as plain data, for report.json."""
+
+    @property
+    def state(self) -> str:
+        """ok | FAILED | skipped"""
+        return "skipped" if self.skipped else "ok" if self.ok else "FAILED"
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:
@@ -62,8 +70,8 @@ def show(findings: Sequence[Finding], console: Console) -> None:
     for column in ("part", "", "what"):
         verdicts.add_column(column)
     for finding in findings:
-        mark = "[green]ok[/green]" if finding.ok else "[red]FAILED[/red]"
-        verdicts.add_row(finding.part, mark, finding.verdict)
+        style = {"ok": "green", "FAILED": "red", "skipped": "yellow"}[finding.state]
+        verdicts.add_row(finding.part, Text(finding.state, style=style), Text(finding.verdict))
     console.print(verdicts)
 
 
@@ -75,7 +83,7 @@ def write(folder: Path, findings: Sequence[Finding], title: str) -> Path:
     page = folder / "report.html"
     body = "".join(_section(finding) for finding in findings)
     rows = "".join(
-        f"<tr class={'good' if f.ok else 'bad'}><td><a href='#{f.part}'>{f.part}</a><td>{'ok' if f.ok else 'FAILED'}"
+        f"<tr class={'good' if f.ok else 'bad'}><td><a href='#{f.part}'>{f.part}</a><td>{f.state}"
         f"<td style='text-align:left'>{html.escape(f.verdict)}</tr>"
         for f in findings
     )
@@ -94,6 +102,7 @@ def _plain(finding: Finding) -> Finding:
         part=finding.part,
         ok=finding.ok,
         verdict=finding.verdict,
+        skipped=finding.skipped,
         tables=finding.tables,
         notes=finding.notes,
         data=finding.data,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from vlm_nemo.data.layout.plan import NAME, ImagePlan
+from vlm_nemo.data.encode import Encoder, PlannedSample
+from vlm_nemo.data.layout.plan import NAME, ImagePlan, Ints, Sources, offset
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.packing import pack_batch
 from vlm_nemo.data.sample import EncodedSample
@@ -22,28 +23,36 @@ def blank_sample(spec: ImageSpec, plans: Sequence[ImagePlan], text: int) -> Enco
     """Images without content first, then `text` supervised tokens."""
     tokens: list[int] = []
     slots: list[int] = []
-    sources: list[np.ndarray] = []
-    embeddings = 0
     for plan in plans:
+        if plan.cross:
+            slots.append(len(tokens))
+            tokens.append(IMAGE)
         for item in plan.items:
             if isinstance(item, str):
                 tokens += [WORD] * _words(item)
                 continue
             slots += range(len(tokens), len(tokens) + len(item.sources))
             tokens += [IMAGE] * len(item.sources)
-            sources.append(np.where(item.sources < 0, item.sources, item.sources + embeddings))
-        embeddings += plan.embeddings
-    grids = [grid for plan in plans for grid in plan.grids]
-    images: Images[Tensor] = Images(
-        patches=torch.zeros(sum(h * w for h, w in grids), 3 * spec.patch**2, dtype=torch.uint8),
-        grids=torch.tensor(grids, dtype=torch.int64).view(-1, 2),
-        views=torch.tensor([len(plan.grids) for plan in plans], dtype=torch.int64),
-        slots=torch.tensor(slots, dtype=torch.int64),
-        sources=torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *sources])),
-        embeddings=torch.tensor([plan.embeddings for plan in plans], dtype=torch.int64),
+    sources = offset([plan.sources for plan in plans], [plan.embeddings for plan in plans])
+    return EncodedSample(
+        tokens=tokens + [WORD] * text,
+        labels=[IGNORE_INDEX] * len(tokens) + [WORD] * text,
+        images=blank_images(spec, plans, np.array(slots, dtype=np.int64), sources),
     )
-    labels = [IGNORE_INDEX] * len(tokens) + [WORD] * text
-    return EncodedSample(tokens=tokens + [WORD] * text, labels=labels, images=images)
+
+
+def blank_images(spec: ImageSpec, plans: Sequence[ImagePlan], slots: Ints, sources: Sources) -> Images[NDArray[Any]]:
+    """Images of the right shapes that are black."""
+    grids = np.array([grid for plan in plans for grid in plan.grids], dtype=np.int64).reshape(-1, 2)
+    return Images(
+        patches=np.zeros((int(grids.prod(1).sum()), 3 * spec.patch**2), dtype=np.uint8),
+        grids=grids,
+        views=np.array([len(plan.grids) for plan in plans], dtype=np.int64),
+        embeddings=np.array([plan.embeddings for plan in plans], dtype=np.int64),
+        slots=slots,
+        sources=sources[0],
+        shares=sources[1],
+    )
 
 
 def full_row(spec: ImageSpec, sample: EncodedSample, capacity: int) -> PackedBatch:
@@ -54,7 +63,17 @@ def full_row(spec: ImageSpec, sample: EncodedSample, capacity: int) -> PackedBat
             f"the assumed sample has {len(sample.tokens)} tokens and data.pack.capacity is {capacity}; raise it, or "
             "assume a smaller one (check.image, check.text)"
         )
-    return pack_batch([sample] * count, capacity, pad_id=WORD, patch=spec.patch)
+    return pack_batch([sample] * count, capacity, WORD, spec.patch)
+
+
+def blank_row(encoder: Encoder, planned: Sequence[PlannedSample], capacity: int) -> PackedBatch:
+    """A planned row with its own words; no image is read."""
+    samples = []
+    for one in planned:
+        text = encoder.text(one.source, one.record) if one.encoded is None else one.encoded
+        images = blank_images(encoder.spec, text.plans, text.slots, (text.sources, text.shares))
+        samples.append(EncodedSample(tokens=text.tokens, labels=text.labels, images=images, positions=text.positions))
+    return pack_batch(samples, capacity, encoder.tokenizer.pad_id, encoder.spec.patch)
 
 
 def _words(text: str) -> int:
