@@ -16,6 +16,8 @@ class CheckConfig:
     (between samples and images), data (what the sources hold), dry (one real step of a tiny twin)."""
     out: str = "${run_dir}/check"
     """Folder for report.html and report.json."""
+    samples: int = 2000
+    """Samples of the run's order that are looked at, from its start, where there is data."""
     world: int = 8
     """Ranks that the plan is made for."""
     memory_gib: float = 80.0
