@@ -28,6 +28,7 @@ from vlm_nemo.types import IGNORE_INDEX, PackedBatch
 MODELS = [
     "llava15_7b",
     "llava_next_mistral_7b",
+    "llava_onevision_0.5b",
     "internvl25_1b",
     "qwen2_5_vl_3b",
     "gemma3_4b",
