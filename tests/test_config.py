@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlm_nemo import config
-from vlm_nemo.config import Config, ServeRoot, build, compose
+from vlm_nemo.config import CheckRoot, Config, ServeRoot, build, compose
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.options import ANY_NAME, Option, find, nearest, options, sections
 from vlm_nemo.overrides import translate
@@ -44,7 +44,7 @@ def test_groups_and_modules_are_a_bijection() -> None:
 
 
 def test_every_group_is_a_section_of_a_root_and_names_its_module() -> None:
-    titles = {s.key: s.title for root in (Config, ServeRoot) for s in sections(root) if s.key in config.GROUPS}
+    titles = {s.key: s.title for root in (CheckRoot, ServeRoot) for s in sections(root) if s.key in config.GROUPS}
     assert set(titles) == set(config.GROUPS)
     for group, module in config.GROUPS.items():
         assert f"`{module}`" in titles[group], f"{group} says {titles[group]!r}"
@@ -61,9 +61,22 @@ def test_every_option_has_a_description(verb: str) -> None:
 
 @pytest.mark.parametrize("group", config.GROUPS)
 def test_every_part_composes(group: str) -> None:
-    verb = {"infer": "generate", "serve": "serve"}.get(group, "train")
+    verb = {"infer": "generate", "serve": "serve", "check": "check"}.get(group, "train")
     for choice in config.group_choices(group):
         composed(f"{group}={choice}", verb=verb)
+
+
+def test_a_list_of_choices_is_checked() -> None:
+    assert composed("check.parts=[data,dry]", verb="check").check.parts == ["data", "dry"]  # type: ignore[attr-defined]
+    line = "check.parts must be a list of plan, parity, leaks, data, dry, not ['data', 'leak']; did you mean leaks?"
+    assert error_of("check.parts=[data,leak]", verb="check") == line
+    option = find("check.parts", options(CheckRoot))
+    assert option is not None and option.type_name == "[plan | parity | leaks | data | dry, …]"
+
+
+def test_lists_in_lists_have_a_name() -> None:
+    option = find("model.layout.pinpoints", options(Config))
+    assert option is not None and option.type_name == "[[int, …], …]"
 
 
 def test_a_part_fills_its_section() -> None:

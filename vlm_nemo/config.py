@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING
 
+from vlm_nemo.check.config import CheckConfig
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.evaluate.config import EvaluateConfig
 from vlm_nemo.infer.config import InferConfig
@@ -43,6 +44,7 @@ GROUPS: dict[str, str] = {
     "evaluate": "vlm_nemo.evaluate.vqa",
     "infer": "vlm_nemo.infer.engine",
     "serve": "vlm_nemo.serve.app",
+    "check": "vlm_nemo.check.report",
 }
 """Folder of conf/ -> the module that it configures: one to one."""
 
@@ -67,6 +69,13 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(kw_only=True)
+class CheckRoot(Config):
+    """A training run, rehearsed."""
+
+    check: CheckConfig = field(default_factory=CheckConfig)
 
 
 @dataclass(kw_only=True)
@@ -245,8 +254,10 @@ def _check_choices(values: Any, root: type) -> None:
         value = values
         for word in key.split("."):
             value = value[word]
-        if value not in option.choices:
-            raise UserError(f"{key} must be {option.expected}, not {value!r}{did_you_mean(str(value), option.choices)}")
+        for each in value if isinstance(value, list) else [value]:
+            if each not in option.choices:
+                hint = did_you_mean(str(each), option.choices)
+                raise UserError(f"{key} must be {option.expected}, not {value!r}{hint}")
 
 
 def _explain(error: BaseException, root: type, recipe: str | None) -> str:

@@ -65,8 +65,10 @@ class Option:
     def type_name(self) -> str:
         """As the help shows it: `int`, `float | null`, `[text, …]`."""
         names = {str: "text", int: "int", float: "float", bool: "bool", type(None): "null"}
+        if typing.get_origin(self.type) is list and self.choices:
+            return f"[{' | '.join(self.choices)}, …]"
         if typing.get_origin(self.type) is list:
-            return f"[{names[typing.get_args(self.type)[0]]}, …]"
+            return _listed(self.type, names)
         if self.is_dict:
             return "{name: …}"
         if self.choices:
@@ -77,13 +79,22 @@ class Option:
     def expected(self) -> str:
         """As an error says it: "an integer", "a number or null", "one of bf16, fp32"."""
         names = {str: "text", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
+        if typing.get_origin(self.type) is list and self.choices:
+            return f"a list of {', '.join(self.choices)}"
         if typing.get_origin(self.type) is list:
-            return f"a list: [{names[typing.get_args(self.type)[0]]}, …]"
+            return f"a list: {_listed(self.type, names)}"
         if self.is_dict:
             return "{name: …}"
         if self.choices:
             return "one of " + ", ".join(self.choices)
         return " or ".join(names.get(part, str(part)) for part in typing.get_args(self.type) or (self.type,))
+
+
+def _listed(kind: Any, names: dict[Any, str]) -> str:
+    """list[list[int]] -> "[[int, …], …]"."""
+    if typing.get_origin(kind) is not list:
+        return names[kind]
+    return f"[{_listed(typing.get_args(kind)[0], names)}, …]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +120,8 @@ def options(root: type) -> dict[str, Option]:
 
 
 def _walk(cls: type, prefix: str) -> Iterable[Section]:
-    docs = field_docs(cls)
+    lineage = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    docs = {name: doc for base in lineage for name, doc in field_docs(base).items()}
     hints = typing.get_type_hints(cls)
     own: list[Option] = []
     inner: list[Section] = []

@@ -75,12 +75,13 @@ class _CpuForCuda(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def adapter() -> Iterator[None]:
+def adapter(pretend: bool = False) -> Iterator[None]:
     """Everything that calls into megatron-core runs inside this; it does nothing where CUDA is available.
 
     The mapping is thread-local (a TorchFunctionMode): enter it in the thread that trains.
+    pretend: on the CPU although there is CUDA, for tensors that have no memory.
     """
-    if on_cuda():
+    if on_cuda() and not pretend:
         yield
         return
     _patch_megatron()

@@ -72,6 +72,22 @@ VERBS: dict[str, Verb] = {
             notes=(CHECKPOINT_NOTE,),
         ),
         Verb(
+            name="check",
+            summary="rehearse a training run before it meets a cluster: memory, layouts, leaks, data, one step",
+            examples=(
+                "vlm-nemo check recipe=llava15_7b/stage2 check.world=32 parallel.tensor=4 parallel.sequence=true",
+                "vlm-nemo check recipe=shapes/stage2 check.parts=[parity,leaks]",
+            ),
+            root=config.CheckRoot,
+            run="vlm_nemo.verbs.check:check",
+            recipes=True,
+            ranks=False,
+            notes=(
+                "takes the words of train; starts small processes of its own on the CPU, and needs no GPU",
+                "fails (exit code 2) where a part does; what there is no data for is skipped and said",
+            ),
+        ),
+        Verb(
             name="evaluate",
             summary="ask a trained model held-out questions and write scores and a gallery",
             examples=(

@@ -1,0 +1,106 @@
+"""Layouts compared with one process: alike in a sound model, and not where a fault is planted in the processes."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from vlm_nemo.check import parity as parities
+from vlm_nemo.check.made import Subject
+from vlm_nemo.check.parity import CASES, Differences, parity
+from vlm_nemo.runtime.config import ParallelConfig
+
+MEAN_LOSS = """
+def mean(losses, loss_mask):
+    total, count, report = real(losses, loss_mask)
+    return total / count, count // count, report / report[1]
+
+from vlm_nemo.train import step
+real, step.token_loss = step.token_loss, mean
+"""
+"""Each micro-batch's mean, as if all had equally many tokens."""
+LONELY_PROJECTOR = """
+from megatron.core import parallel_state
+from vlm_nemo.check import trial
+
+def build_model(*given, **named):
+    chunks = real(*given, **named)
+    if parallel_state.get_tensor_model_parallel_rank() == 1:
+        for name, parameter in chunks[0].projector.named_parameters():
+            parameter.register_hook(lambda gradient: gradient * 0.9)
+    return chunks
+
+real, trial.build_model = trial.build_model, build_model
+"""
+"""The second tensor rank's projector gets a gradient of its own."""
+
+
+def plant(fault: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process that this one starts runs `fault` first."""
+    (folder / "planted.py").write_text(fault)
+    (folder / "sitecustomize.py").write_text(
+        'import sys\nif "--multiprocessing-fork" in sys.orig_argv:\n    import planted\n'
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(parities, "CASES", {name: CASES[name] for name in names})
+
+
+def test_a_sound_model_passes(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        "packed, two rows at once",
+        "tensor 2, sequence, recompute",
+        "pipeline 2, virtual 2",
+        "data 2, distributed optimizer",
+    ]
+    only(monkeypatch, *names)
+    found = parity(small, ParallelConfig(tensor=8, sequence=True))
+    assert found.ok and found.state == "ok", found
+    assert [layout["name"] for layout in found.data["layouts"]] == names
+    for layout in found.data["layouts"]:
+        assert set(layout["gradients"]) == {
+            "vision", "projector", "embedding", "attention", "mlp", "norms", "head"
+        }  # fmt: skip
+        assert 0 < max(layout["gradients"].values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_every_layout(small: Subject) -> None:
+    found = parity(small, ParallelConfig())
+    assert found.ok, found.verdict
+    assert len(found.data["layouts"]) == len(CASES) - 1
+    assert list(found.data["left_out"]) == ["tensor 4, sequence"]
+
+
+def test_a_mean_loss_per_micro_batch_is_found(small: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    only(monkeypatch, "packed")
+    plant(MEAN_LOSS, tmp_path, monkeypatch)
+    found = parity(small, ParallelConfig())
+    assert not found.ok
+    (layout,) = found.data["layouts"]
+    assert layout["loss"] > 1e-3 and min(layout["gradients"].values()) > 1e-2
+    assert found.tables[0].bad == {0}
+    assert found.verdict.startswith("1 of 1 layouts differ from one process; packed: the loss differs by")
+
+
+def test_a_projector_that_tensor_ranks_do_not_share_is_found(
+    small: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    only(monkeypatch, "packed", "tensor 2")
+    plant(LONELY_PROJECTOR, tmp_path, monkeypatch)
+    found = parity(small, ParallelConfig())
+    alone, split = found.data["layouts"]
+    assert alone["broken"] == []
+    # Adam's first update does not care how long a gradient is: no loss says so
+    assert [words.split(" differs")[0] for words in split["broken"]] == ["the gradient of projector"]
+    assert found.tables[0].bad == {1}
+
+
+def test_what_is_no_number_is_a_difference() -> None:
+    one = Differences(case="tensor 2", world=2, loss=math.nan, norm=0.0, later=0.0, modules={"mlp": 0.0})
+    assert one.broken == ["the loss differs by nan (bound 1e-05)"]

@@ -1,0 +1,134 @@
+"""What the plan says of memory, against torch's own record of it, and of layouts, against arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.tiny import tiny_model
+from vlm_nemo.check.needs import StageNeeds
+from vlm_nemo.check.plan import GIB, Job, needs, plan
+from vlm_nemo.check.report import show, write
+from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
+from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.model.batch import model_batch
+from vlm_nemo.model.build import build_model
+from vlm_nemo.model.layout import spec_of
+from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.train import optim
+from vlm_nemo.train.config import OptimConfig
+from vlm_nemo.train.step import run_schedule
+
+
+def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precision: str = "fp32") -> Job:
+    cfg = tiny_model()
+    spec = spec_of(cfg)
+    size = (cfg.vision.image_size, cfg.vision.image_size)
+    row = full_row(spec, blank_sample(spec, [plan_image(spec, size)], text=40), capacity)
+    return Job(
+        model=cfg,
+        parallel=parallel,
+        precision=precision,
+        optim=OptimConfig(projector_lr=1e-3, language_lr=1e-3),
+        global_packs=8,
+        micro_packs=1,
+        capacity=capacity,
+        world=world,
+        batch=model_batch(row, cfg, image_token=IMAGE, device=torch.device("cpu")),
+    )
+
+
+def measured(made: Job) -> int:
+    """Bytes of the worst moment of one micro-batch beyond weights and gradients, as torch's profiler recorded them."""
+    with device.adapter():
+        groups.start(made.parallel, seed=0)
+        chunks = build_model(made.model, made.parallel, made.precision, 0)
+        optim.freeze(chunks, optim.part_rates(made.optim))
+        model = optim.wrap(chunks, made.parallel)
+        for chunk in model:
+            chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
+        run_schedule(model, [made.batch])
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            run_schedule(model, [made.batch])
+        groups.stop()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_predicted_memory_is_what_the_step_took(recompute: str) -> None:
+    made = job(ParallelConfig(recompute=recompute))
+    (predicted,) = needs(made)
+    assert predicted.activations == pytest.approx(measured(made), rel=0.02)
+    fixed = predicted.weights + predicted.gradients
+    with device.adapter():
+        groups.start(made.parallel, seed=0)
+        chunks = build_model(made.model, made.parallel, made.precision, 0)
+        optim.freeze(chunks, optim.part_rates(made.optim))
+        model = optim.wrap(chunks, made.parallel)
+        optimizer = optim.build_optimizer(made.optim, made.parallel, made.precision, model)
+        tensors = [p.data for chunk in chunks for p in chunk.parameters()]
+        tensors += [buffer.grad_data for chunk in model for buffer in chunk.buffers]
+        held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        trained = sum(part.stop - part.start for part in optim.optimizer_slices(optimizer))
+        groups.stop()
+    assert fixed == held
+    assert predicted.optimizer == 8 * trained
+
+
+def test_a_layout_of_many_ranks_shares_out_what_one_rank_holds() -> None:
+    (alone,) = needs(job(ParallelConfig()))
+    stages = needs(job(ParallelConfig(tensor=2, pipeline=2, sequence=True), world=8))
+    assert [list(stage.parameters) for stage in stages] == [["vision", "projector", "language"], ["language"]]
+    # Norms, positions and what is added behind a row-parallel product are on both tensor ranks
+    assert alone.weights / 2 < sum(s.weights for s in stages) < alone.weights / 2 * 1.15
+    assert stages[0].sent["send"] > 0 and stages[1].sent["recv"] > 0
+    assert all(stage.data_sent > 0 for stage in stages)
+    flops = sum(stage.forward_flops for stage in stages) * 2
+    assert flops == pytest.approx(alone.forward_flops, rel=0.02)
+    # A frozen tower has no backward pass, a trained decoder one of twice the forward
+    assert 1.0 < stages[1].backward_flops / stages[1].forward_flops <= 2.1
+
+
+def test_half_precision_halves_weights_and_adds_fp32_copies() -> None:
+    (full,), (half,) = needs(job(ParallelConfig())), needs(job(ParallelConfig(), precision="bf16"))
+    assert half.weights * 2 == full.weights
+    assert half.gradients == full.gradients
+    assert half.optimizer == full.optimizer * 12 // 8
+
+
+def test_what_does_not_fit_is_said_with_a_knob_that_helps(tmp_path: Path) -> None:
+    made = job(ParallelConfig(), world=2)
+    (stage,) = needs(made)
+    (again,) = needs(replace(made, parallel=replace(made.parallel, recompute="full")))
+    limit = (stage.peak + again.peak) / 2 / GIB
+    finding = plan(made, memory_gib=limit, reserve_gib=0.0, assumed="made up")
+    assert not finding.ok
+    assert "parallel.recompute=full" in finding.verdict
+    page = write(tmp_path, [finding], "tiny")
+    assert "parallel.recompute=full" in page.read_text() and "data:image/png;base64," in page.read_text()
+    assert plan(made, memory_gib=2 * limit, reserve_gib=0.0, assumed="made up").ok
+
+
+def test_nothing_helps_where_nothing_can(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    finding = plan(job(ParallelConfig()), memory_gib=0.0001, reserve_gib=0.0, assumed="made up")
+    show([finding], Console(width=200))
+    assert "use more ranks" in finding.verdict
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_peaks_add_up() -> None:
+    (stage,) = needs(job(ParallelConfig()))
+    assert isinstance(stage, StageNeeds)
+    assert stage.peak == stage.weights + stage.gradients + stage.optimizer + stage.activations

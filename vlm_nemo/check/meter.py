@@ -1,0 +1,72 @@
+"""What a piece of code needs: bytes alive at the worst moment, and bytes sent, by group. Works on real tensors too."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Meter(TorchDispatchMode):
+    """Counts every storage that an operation makes, until it is freed; and what collectives carry.
+
+    Tensors that are there before are not counted until `include`d.
+    """
+
+    live: int
+    """Bytes now."""
+    peak: int
+    """Most bytes since the start, or since `restart`."""
+    sent: Counter[str]
+    """Bytes handed to collectives, by their name (all_reduce, all_gather, reduce_scatter, send, …) and group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.sent = Counter()
+        self._known: set[int] = set()
+
+    def include(self, tensors: Any) -> int:
+        """Count tensors (any nest of them) that were there before; the bytes that are new."""
+        before = self.live
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return self.live - before
+
+    def restart(self) -> None:
+        """The peak from now on."""
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            self._collective(func, args)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def _collective(self, func: Any, args: Any) -> None:
+        name = func.overloadpacket.__name__.strip("_")
+        tensors = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
+        self.sent[name] += sum(t.nbytes for t in tensors)

@@ -1,0 +1,185 @@
+"""The plan: what every stage of a layout needs in memory and arithmetic, and how long its pipeline waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from vlm_nemo.check.advice import Knob, first_that_fits
+from vlm_nemo.check.needs import StageNeeds, stage_needs
+from vlm_nemo.check.report import Finding, Table
+from vlm_nemo.check.timeline import Timeline, one_f_one_b
+from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import check_layout
+from vlm_nemo.train.config import OptimConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be rehearsed, on how many ranks."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: str
+    optim: OptimConfig
+    global_packs: int
+    micro_packs: int
+    capacity: int
+    world: int
+    batch: ModelBatch
+    """A typical micro-batch."""
+
+    @property
+    def replicas(self) -> int:
+        return self.world // (self.parallel.tensor * self.parallel.pipeline)
+
+    @property
+    def micro(self) -> int:
+        """Micro-batches of a replica in a step."""
+        return self.global_packs // (self.replicas * self.micro_packs)
+
+
+def needs(job: Job) -> list[StageNeeds]:
+    """Of every stage. Raises UserError for a layout that the model or the world cannot have."""
+    check_layout(
+        job.parallel,
+        job.model,
+        world_size=job.world,
+        global_packs=job.global_packs,
+        micro_packs=job.micro_packs,
+        capacity=job.capacity,
+    )
+    return [
+        stage_needs(
+            job.model,
+            job.parallel,
+            job.precision,
+            job.optim,
+            lambda change: changed(job.batch, change),
+            world=job.world,
+            stage=stage,
+            micro=job.micro,
+        )
+        for stage in range(job.parallel.pipeline)
+    ]
+
+
+def changed(batch: ModelBatch, change: Callable[[Tensor], Tensor]) -> ModelBatch:
+    """The same with every tensor through `change`."""
+    values: dict[str, Any] = {}
+    for entry in fields(batch):
+        value = getattr(batch, entry.name)
+        if isinstance(value, Tensor):
+            values[entry.name] = change(value)
+        elif value is not None:
+            values[entry.name] = value.moved(change)
+    return replace(batch, **values)
+
+
+def timeline(stages: Sequence[StageNeeds], micro: int) -> Timeline:
+    """Of a step, in FLOPs: as if every stage computed at the same rate."""
+    return one_f_one_b([s.forward_flops for s in stages], [s.backward_flops for s in stages], micro)
+
+
+def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Finding:
+    """Judge a layout. assumed: what the typical micro-batch is."""
+    limit = round((memory_gib - reserve_gib) * GIB)
+    stages = needs(job)
+    line = timeline(stages, job.micro)
+    worst = max(stages, key=lambda s: s.peak)
+    fits = worst.peak <= limit
+    recomputed: list[StageNeeds] | list[None] = _with_recompute(job) or [None] * len(stages)
+    table = Table(
+        title=f"a rank of each stage, GiB; {job.world} ranks, {job.replicas} replicas, {job.micro} micro-batches",
+        columns=("stage", "parameters", "weights", "gradients", "optimizer", "activations", "peak", "with recompute"),
+        rows=[
+            (
+                str(s.stage),
+                f"{sum(s.parameters.values()) / 1e6:,.1f} M",
+                *(f"{size / GIB:.2f}" for size in (s.weights, s.gradients, s.optimizer, s.activations, s.peak)),
+                f"{again.peak / GIB:.2f}" if again else "=",
+            )
+            for s, again in zip(stages, recomputed, strict=True)
+        ],
+        bad=frozenset(i for i, s in enumerate(stages) if s.peak > limit),
+    )
+    work = Table(
+        title="a step of one replica",
+        columns=("stage", "parts", "TFLOP", "share", "tensor group MB", "to stages MB", "data group MB"),
+        rows=[
+            (
+                str(s.stage),
+                " ".join(s.parameters),
+                f"{busy / 1e12 * job.parallel.tensor:,.2f}",
+                f"{busy / sum(line.busy):.1%}",
+                f"{_tensor_bytes(s) / 1e6:,.0f}",
+                f"{(s.sent.get('send', 0)) / 1e6:,.0f}",
+                f"{s.data_sent / 1e6:,.0f}",
+            )
+            for s, busy in zip(stages, line.busy, strict=True)
+        ],
+    )
+    where = f"the fullest rank (stage {worst.stage}) needs {worst.peak / GIB:.1f} of {limit / GIB:.1f} GiB"
+    verdict = where
+    if job.parallel.pipeline > 1:
+        verdict += f"; the pipeline waits {line.bubble:.1%} of its time, its busiest stage does {line.balance:.2f} x"
+        verdict += " the mean"
+    if not fits:
+        verdict = f"{where}; {_help(job, limit)}"
+    return Finding(
+        part="plan",
+        ok=fits,
+        verdict=verdict,
+        tables=[table, work],
+        notes=[assumed, f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to CUDA, NCCL and the allocator"],
+        figures=[("memory of a rank by stage", _memory(stages, limit))],
+        data={"stages": [asdict(s) for s in stages], "bubble": line.bubble, "balance": line.balance, "limit": limit},
+    )
+
+
+def _with_recompute(job: Job) -> list[StageNeeds] | None:
+    if job.parallel.recompute == "full":
+        return None
+    return needs(replace(job, parallel=replace(job.parallel, recompute="full")))
+
+
+def _help(job: Job, limit: int) -> str:
+    def peak(parallel: ParallelConfig) -> int:
+        return max(stage.peak for stage in needs(replace(job, parallel=parallel)))
+
+    found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak)
+    if found is None:
+        return "no layout of these ranks helps: use more ranks, a shorter data.pack.capacity, or freeze a part"
+    return f"{' '.join(found.words)} makes it {found.peak / GIB:.1f} GiB"
+
+
+def _tensor_bytes(stage: StageNeeds) -> int:
+    """In forward and backward, all that does not go to another stage goes to the tensor group."""
+    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv"))
+
+
+def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.5 * len(stages)), layout="constrained")
+    left = [0.0] * len(stages)
+    for name in ("weights", "gradients", "optimizer", "activations"):
+        sizes = [getattr(s, name) / GIB for s in stages]
+        axis.barh([f"stage {s.stage}" for s in stages], sizes, left=left, label=name)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axis.axvline(limit / GIB, color="black", linestyle="--", label="limit")
+    axis.set_xlabel("GiB")
+    axis.invert_yaxis()
+    axis.legend(loc="lower right")
+    plt.close(figure)
+    return figure
