@@ -50,12 +50,16 @@ def train(parallel: ParallelConfig) -> list[tuple[float, float]]:
             speaks = ranks.last_stage and ranks.tensor_rank == 0
             total, count = groups.sum_over([result.loss_sum * speaks, result.loss_tokens * speaks])
             history.append((total / count, result.grad_norm))
-        groups.stop()
     return history
 
 
 def train_all(layouts: list[dict[str, object]]) -> list[list[tuple[float, float]]]:
-    return [train(ParallelConfig(**layout)) for layout in layouts]  # type: ignore[arg-type]
+    from vlm_nemo.runtime import groups
+
+    # One job, laid out anew for each: its ranks meet at one address, once
+    histories = [train(ParallelConfig(**layout)) for layout in layouts]  # type: ignore[arg-type]
+    groups.stop()
+    return histories
 
 
 @pytest.fixture(scope="module")

@@ -162,13 +162,13 @@ def verify(path: Path, ranks: Ranks | None = None, only: tuple[str, ...] = ("",)
         known = {entry["file"]: (entry["bytes"], entry["sha256"]) for entry in files}
     except (OSError, ValueError, KeyError, TypeError):
         return ["manifest.json"]
+    if "state.json" not in known or not any(name.startswith("weights/") for name in known):
+        return ["manifest.json"]
     if written != FORMAT:
         raise UserError(
             f"{path} is a checkpoint of format {written}, this version reads {FORMAT}: with the version that wrote it, "
             "vlm-nemo convert checkpoint=DIR out=HF; with this one, vlm-nemo convert hf=HF out=DIR"
         )
-    if "state.json" not in known or not any(name.startswith("weights/") for name in known):
-        return ["manifest.json"]
     wanted = [name for name in known if name.startswith(only)]
     bad = []
     for name in wanted if ranks is None else wanted[ranks.rank :: ranks.world]:
