@@ -6,13 +6,21 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
 
 from tests.weights.published import NAMES, FakeWords, hf_config, hf_model, published
+from vlm_nemo.check.world import pretend
+from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.spec import view_tokens
+from vlm_nemo.model.boxes import local_parameters
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.twin import twin
+from vlm_nemo.model.vlm import VLM
+from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.weights.config import hf_config_of, whole_complaints
 from vlm_nemo.weights.families import FAMILIES
-from vlm_nemo.weights.shapes import expected_shapes
+from vlm_nemo.weights.shapes import expected_shapes, our_shape
 from vlm_nemo.weights.tables import naming_of
 
 MILLIONS = {
@@ -105,3 +113,16 @@ def test_config_json_and_back(name: str) -> None:
         again.layout, again.init_std = cfg.layout, cfg.init_std
         again.vision.mean, again.vision.std = cfg.vision.mean, cfg.vision.std
         assert asdict(again) == asdict(cfg)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_model_of_that_size_is_built_and_has_these_shapes(name: str) -> None:
+    """The modules themselves, on shapes without memory: no check refuses a size that is published."""
+    cfg = published(name)
+    naming = naming_of(cfg)
+    expected = {entry.ours: our_shape(entry.ours, cfg) for entry in naming.entries(cfg)}
+    with pretend(ParallelConfig(), world=1, rank=0):
+        parameters = local_parameters([VLM(cfg, ParallelConfig(), torch.bfloat16)])
+    assert {box.key: box.global_shape for local in parameters for box in local.boxes} == expected
+    plan = plan_image(spec_of(cfg), (1024, 768))
+    assert plan.embeddings == sum(view_tokens(spec_of(cfg), grid) for grid in plan.grids)

@@ -132,10 +132,6 @@ class VisionTower(MegatronModule):
 
 def check(cfg: VisionConfig, parallel: ParallelConfig) -> None:
     """Refuse sizes that do not fit together. Raises UserError."""
-    if cfg.image_size % cfg.patch_size:
-        raise UserError(
-            f"model.vision.image_size={cfg.image_size} is not a multiple of model.vision.patch_size={cfg.patch_size}"
-        )
     layers = layers_used(cfg)
     if cfg.post_norm and layers < cfg.num_layers:
         raise UserError(
