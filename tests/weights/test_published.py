@@ -12,7 +12,6 @@ from tests.weights.published import NAMES, FakeWords, hf_config, hf_model, publi
 from vlm_nemo.check.world import pretend
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.data.layout.spec import view_tokens
-from vlm_nemo.model.boxes import local_parameters
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.twin import twin
@@ -122,7 +121,7 @@ def test_our_model_of_that_size_is_built_and_has_these_shapes(name: str) -> None
     naming = naming_of(cfg)
     expected = {entry.ours: our_shape(entry.ours, cfg) for entry in naming.entries(cfg)}
     with pretend(ParallelConfig(), world=1, rank=0):
-        parameters = local_parameters([VLM(cfg, ParallelConfig(), torch.bfloat16)])
-    assert {box.key: box.global_shape for local in parameters for box in local.boxes} == expected
+        built = {name: tuple(p.shape) for name, p in VLM(cfg, ParallelConfig(), torch.bfloat16).named_parameters()}
+    assert built == expected
     plan = plan_image(spec_of(cfg), (1024, 768))
     assert plan.embeddings == sum(view_tokens(spec_of(cfg), grid) for grid in plan.grids)
