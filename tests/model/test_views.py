@@ -92,7 +92,6 @@ def test_the_blank_view_divides() -> None:
 @pytest.mark.parametrize(
     ("cfg", "key"),
     [
-        (parts.vision(image_size=18), "model.vision.image_size=18"),
         (parts.vision(class_token=False, window=6), "model.vision.window=6"),
         (parts.vision(window=8), "model.vision.class_token"),
         (parts.vision(post_norm=True), "model.vision.post_norm"),

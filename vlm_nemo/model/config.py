@@ -15,7 +15,7 @@ class VisionConfig:
     image_size: int = 336
     """Side of the square that the position embeddings are made for, and of every square view, pixels."""
     patch_size: int = 14
-    """Side of one patch, pixels; divides image_size."""
+    """Side of one patch, pixels; what a view has over at its right and lower edge is not seen (384 = 27 x 14 + 6)."""
     patch_bias: bool = False
     """A bias on the patch projection (SigLIP, InternViT, AIMv2)."""
     temporal_patch_size: int = 1
@@ -163,7 +163,7 @@ class LanguageConfig:
     num_heads: int = 32
     """Query heads; divisible by parallel.tensor."""
     num_kv_heads: int = 32
-    """Key and value heads (grouped-query attention); divisible by parallel.tensor."""
+    """Key and value heads (grouped-query attention); a multiple or a divisor of parallel.tensor."""
     head_dim: int | None = None
     """Width of one head; null = hidden_size / num_heads."""
     ffn_hidden_size: int = 11008
