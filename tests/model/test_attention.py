@@ -43,7 +43,7 @@ def no_blocks(total: int) -> Tensor:
     return torch.full((total,), -1)
 
 
-def agree(segments: object, mask: Tensor, used: int, window: int | None) -> None:
+def agree(segments: object, mask: Tensor, used: int, window: int | None, within: float = 1e-6) -> None:
     torch.manual_seed(0)
     q, k, v = tensors(len(mask))
     weight = torch.randn(len(mask), HEADS, D)
@@ -52,7 +52,7 @@ def agree(segments: object, mask: Tensor, used: int, window: int | None) -> None
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     expected_out = dense(q, k, v, mask)
     expected = torch.autograd.grad((expected_out * weight).sum(), (q, k, v))
-    assert (out - expected_out)[:used].abs().max() < 2e-6 if used else True
+    assert (out - expected_out)[:used].abs().max() < within if used else True
     for ours, theirs in zip(grads, expected, strict=True):
         assert (ours - theirs).abs().max() < 1e-5
 
@@ -69,9 +69,9 @@ def test_equals_a_dense_mask(lengths: list[int], used: int, causal: bool) -> Non
 
 @pytest.mark.parametrize("window", [1, 5, 129, 150, 2000])
 def test_windows(window: int) -> None:
-    """Longer than the stripes of queries, in several rectangles, with padding."""
+    """Longer than the stripes of queries, in several rectangles, with padding; sums of 400 terms."""
     cu, segment = layout([300, 12, 400, 140, 60])
-    agree(make_segments(cu, 852), seen(segment, no_blocks(len(segment)), window), 852, window)
+    agree(make_segments(cu, 852), seen(segment, no_blocks(len(segment)), window), 852, window, within=2e-6)
 
 
 @pytest.mark.parametrize("window", [None, 1, 6, 20, 200])
@@ -116,7 +116,7 @@ def test_cached_steps_equal_one_pass(window: int | None) -> None:
         held = list(ends)
     for i, n in enumerate(lengths):
         expected = dense(*whole[i], seen(torch.zeros(n), blocks[i], window))
-        assert (torch.cat(found[i]) - expected).abs().max() < 2e-6
+        assert (torch.cat(found[i]) - expected).abs().max() < 1e-6
 
 
 def test_padding_costs_no_more_than_samples() -> None:
