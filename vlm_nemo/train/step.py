@@ -18,12 +18,14 @@ from vlm_nemo.train.optim import update
 
 
 def token_loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """losses [1, T] of every position -> (sum over supervised tokens, their number, [sum, number] for the report).
+    """losses [S] of supervised tokens -> (their sum, their number, [sum, number] for the report).
+
+    loss_mask: [S]: 0 for the stand-in of a row without a label, whose loss is 0.
 
     The sum is not divided here. megatron adds sums and counts over micro-batches and data ranks and divides the
     gradients once by the global count, so no split of the same data changes them.
     """
-    total = (losses.float() * loss_mask).sum()
+    total = losses.sum()
     count = loss_mask.sum()
     # The schedule scales `total` in place; the report must not follow it.
     return total, count.to(torch.int), torch.stack((total.detach().clone(), count))
@@ -65,9 +67,7 @@ def train_step(
     return StepResult(loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied)
 
 
-def run_schedule(
-    model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False
-) -> list[Tensor]:
+def run_schedule(model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False) -> list[Tensor]:
     """megatron's schedule for the layout: no pipeline, 1F1B, or interleaved. Returns the last stage's reports."""
     iterators = [iter(rows) for _ in model]  # every virtual chunk walks the same rows
     return get_forward_backward_func()(
