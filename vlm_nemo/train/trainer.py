@@ -29,7 +29,7 @@ from vlm_nemo.train import checkpoint
 from vlm_nemo.train.accounting import Accounting
 from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import MetricsWriter
-from vlm_nemo.train.optim import set_rates
+from vlm_nemo.train.optim import set_rates, settle
 from vlm_nemo.train.step import train_step
 from vlm_nemo.types import PackedBatch, UserError
 
@@ -159,6 +159,7 @@ class Trainer:
     def _save(self, step: int, loader_state: dict[str, Any]) -> None:
         # Seen is what the order gave out, less what still waits for its row
         self.ledger.assert_whole(loader_state["position"] - len(loader_state["pool"]))
+        settle(self.model)
         state = {"loader": loader_state, "ledger": self.ledger.to_json(), "updates": self.updates}
         checkpoint.save(
             self.run_dir / "checkpoints",
