@@ -22,12 +22,18 @@ class Knob:
     peak: int
 
 
-def knobs(parallel: ParallelConfig, world: int) -> Iterator[tuple[tuple[str, ...], ParallelConfig]]:
+def knobs(
+    parallel: ParallelConfig, world: int, vision_learns: bool = False
+) -> Iterator[tuple[tuple[str, ...], ParallelConfig]]:
     """Changes to try: what costs least speed first."""
     if not parallel.distributed_optimizer:
         yield ("parallel.distributed_optimizer=true",), replace(parallel, distributed_optimizer=True)
     if parallel.tensor > 1 and not parallel.sequence:
         yield ("parallel.sequence=true",), replace(parallel, sequence=True)
+    if vision_learns and parallel.recompute_vision != "full":
+        yield ("parallel.recompute_vision=full",), replace(parallel, recompute_vision="full")
+    if parallel.recompute == "none":
+        yield ("parallel.recompute=selective",), replace(parallel, recompute="selective")
     if parallel.recompute != "full":
         yield ("parallel.recompute=full",), replace(parallel, recompute="full")
     tensor = 2 * parallel.tensor
@@ -43,9 +49,11 @@ def knobs(parallel: ParallelConfig, world: int) -> Iterator[tuple[tuple[str, ...
         pipeline *= 2
 
 
-def first_that_fits(parallel: ParallelConfig, world: int, limit: int, peak: Peak) -> Knob | None:
+def first_that_fits(
+    parallel: ParallelConfig, world: int, limit: int, peak: Peak, vision_learns: bool = False
+) -> Knob | None:
     """The first of `knobs` under which the fullest rank needs no more than `limit` bytes."""
-    for words, changed in knobs(parallel, world):
+    for words, changed in knobs(parallel, world, vision_learns):
         try:
             found = peak(changed)
         except UserError:  # this model does not split so

@@ -98,6 +98,7 @@ def language_config(
         parallel,
         dtype,
         pipelined=True,
+        recompute=parallel.recompute,
         extra=extra,
         num_layers=cfg.num_layers,
         hidden_size=cfg.hidden_size,

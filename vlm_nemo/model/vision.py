@@ -41,6 +41,7 @@ class VisionTower(MegatronModule):
             parallel,
             dtype,
             pipelined=False,
+            recompute=parallel.recompute_vision,
             num_layers=layers,
             hidden_size=width,
             num_attention_heads=cfg.num_heads,
