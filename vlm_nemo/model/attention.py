@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_nemo.model.cache import CachedStep, attend_to_cache
+from vlm_nemo.model.kernels import flash_attention, flash_varlen
 from vlm_nemo.model.segments import Segments
 
 
@@ -86,7 +87,7 @@ def packed_attention(
         window = None
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
-    if half and not dense and (window is None or _varlen_has("window_size")):
+    if half and not dense and (window is None or flash_attention() is not None or _varlen_has("window_size")):
         out = varlen_attention(q, k, v, segments, scale, window)
     else:
         out = segment_attention(q, k, v, segments, scale, window)
@@ -217,7 +218,11 @@ class _Gather(torch.autograd.Function):
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None = None
 ) -> Tensor:
-    """The same through torch's variable-length kernel (CUDA, half precision). [T, heads, d] -> [T, heads, d]."""
+    """The same through a variable-length kernel (CUDA, half precision): FlashAttention's where it is installed, else
+    torch's. [T, heads, d] -> [T, heads, d]."""
+    cu, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    if (flash := flash_attention()) is not None:
+        return flash_varlen(flash, q, k, v, cu, longest, causal=segments.causal, scale=scale, window=window)
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
@@ -233,7 +238,6 @@ def varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = _repeat_kv(q, k, v)
-    cu, longest = segments.cu_seqlens_q, segments.max_seqlen_q
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_nemo.model.config import VisionConfig
+from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.transformer import ACTIVATIONS, transformer_config
 from vlm_nemo.model.views import VisionBatch, runs, window_patches
@@ -34,7 +35,9 @@ def layers_used(cfg: VisionConfig) -> int:
 class VisionTower(MegatronModule):
     """Views of P patches -> [N, D]. Tensor parallel like the language model; never split over pipeline stages."""
 
-    def __init__(self, cfg: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, cfg: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype, kernels: Kernels = PLAIN
+    ) -> None:
         check(cfg, parallel)
         width, layers = cfg.hidden_size, layers_used(cfg)
         config = transformer_config(
@@ -42,6 +45,7 @@ class VisionTower(MegatronModule):
             dtype,
             pipelined=False,
             recompute=parallel.recompute_vision,
+            kernels=kernels,
             num_layers=layers,
             hidden_size=width,
             num_attention_heads=cfg.num_heads,
@@ -70,7 +74,7 @@ class VisionTower(MegatronModule):
         places = (cfg.image_size // cfg.patch_size) ** 2 + int(cfg.class_token)
         self.position = parameter(places, width) if cfg.position == "learned" else None
         self.pre_norm = Norm(config, width, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
-        self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False)
+        self.blocks = TransformerBlock(config, tower_spec(cfg, layers, kernels), post_layer_norm=False)
         self.post_norm = Norm(config, width, cfg.norm_eps) if cfg.post_norm else nn.Identity()
         self.register_buffer("mean", torch.tensor(cfg.mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std) * 255, persistent=False)
