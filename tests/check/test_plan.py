@@ -18,6 +18,7 @@ from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import optim
@@ -40,6 +41,7 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
         capacity=capacity,
         world=world,
         batch=model_batch(row, cfg, image_token=IMAGE, device=torch.device("cpu")),
+        work=work_of([row]),
     )
 
 

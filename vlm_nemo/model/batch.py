@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.looks import Looks, make_looks
 from vlm_nemo.model.segments import Segments, make_segments
+from vlm_nemo.model.share import Place, Share, share_views
 from vlm_nemo.model.views import VisionBatch, blank_view, vision_batch
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
@@ -39,6 +40,8 @@ class ModelBatch:
     """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there; [M, 4] with shares"""
     image_shares: Tensor | None = None
     """[M, 4] float32: how much of each of four rows; None = all of one"""
+    share: Share | None = None
+    """Where views are this rank's share of the row's: where everyone's embeddings go."""
 
 
 def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, image_token: int) -> int:
@@ -94,8 +97,20 @@ def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Loo
     return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist())
 
 
-def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device) -> ModelBatch:
-    """Check a row and move it. Raises ValueError as `count_embeddings` does."""
+def shared(batch: ModelBatch, cfg: ModelConfig, place: Place) -> ModelBatch:
+    """A batch of all views, with this rank's share of them only. On the CPU."""
+    assert batch.views is not None and batch.share is None
+    patches, grids, share = share_views(batch.views.patches, batch.views.grids, cfg, place)
+    return replace(batch, views=vision_batch(patches, grids, cfg.vision), share=share)
+
+
+def model_batch(
+    row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device, place: Place | None = None
+) -> ModelBatch:
+    """Check a row and move it. Raises ValueError as `count_embeddings` does.
+
+    place: `VLM.image_place`; without it every rank embeds all views, which gives the same and takes longer.
+    """
     images = row.images
     patches, grids, embeddings = images.patches, images.grids, 0
     if len(patches):
@@ -104,6 +119,9 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
         if (row.tokens == image_token).any():
             raise ValueError("the row has image placeholders and no images")
         patches, grids = blank_view(cfg.vision, spec_of(cfg).factor)
+    seen, share = [(int(h), int(w)) for h, w in grids.tolist()], None
+    if place is not None:
+        patches, seen, share = share_views(patches, seen, cfg, place)
     whole = cfg.language.image_attention == "bidirectional"
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
     segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
@@ -121,8 +139,9 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
         loss_mask=move(supervised.float()).unsqueeze(0),
         positions=move(row.positions).unsqueeze(1),
         segments=segments.moved(move),
-        views=vision_batch(patches, grids, cfg.vision).moved(move),
+        views=vision_batch(patches, seen, cfg.vision).moved(move),
         image_slots=move(images.slots),
         image_sources=move(rows_of(images.sources, embeddings)),
         image_shares=None if images.shares is None else move(images.shares),
+        share=None if share is None else share.moved(move),
     )
