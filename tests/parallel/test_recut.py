@@ -101,4 +101,4 @@ def test_a_run_goes_on_at_any_other_cut(world: int, tmp_path: Path) -> None:
     # What the last layout left, read by one process
     last = run_ranks(train, 1, [{}], tmp_path / "cut", len(chain), False)[0]
     assert last == pytest.approx(whole[-1:], rel=1e-5)
-    assert len({round(loss, 3) for loss in whole}) == len(whole), "the witness itself must move"
+    assert len({round(loss, 5) for loss in whole}) == len(whole), "the witness itself must move"
