@@ -147,7 +147,7 @@ def hf_inputs(
         given["pixel_values"] = tiles
         given["image_sizes"] = torch.tensor([[height, width] for width, height in sizes])
         if cfg.family == "llava_onevision":
-            given["batch_num_images"] = torch.ones(len(counts), dtype=torch.long)
+            given["batch_num_images"] = torch.tensor([len(counts)])
         return given
     given["pixel_values"] = torch.stack(views)
     if cfg.family in ("idefics3", "smolvlm"):
