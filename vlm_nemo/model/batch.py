@@ -10,11 +10,12 @@ from torch import Tensor
 from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.head import targets_of
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.looks import Looks, make_looks
 from vlm_nemo.model.segments import Segments, make_segments
 from vlm_nemo.model.views import VisionBatch, blank_view, vision_batch
-from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
+from vlm_nemo.types import Images, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +24,12 @@ class ModelBatch:
 
     tokens: Tensor
     """[1, T] int64"""
+    supervised: Tensor
+    """[S] int64: the tokens that have a label (`vlm_nemo.model.head.Targets`); one stand-in where none has"""
     labels: Tensor
-    """[1, T] int64, 0 where the loss is masked"""
+    """[S] int64: theirs"""
     loss_mask: Tensor
-    """[1, T] float32: 1 where supervised"""
+    """[S] float32: 1, 0 for the stand-in"""
     positions: Tensor
     """[3, 1, T] int64"""
     segments: Segments | CachedStep
@@ -108,7 +111,7 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
     segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
     segments.looks = looks_of(images, row.cu_seqlens.tolist(), cfg)
-    supervised = row.labels != IGNORE_INDEX
+    targets = targets_of(row.labels)
 
     def move(x: Tensor) -> Tensor:
         if device.type == "cuda":
@@ -117,8 +120,9 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
 
     return ModelBatch(
         tokens=move(row.tokens).unsqueeze(0),
-        labels=move(row.labels.masked_fill(~supervised, 0)).unsqueeze(0),
-        loss_mask=move(supervised.float()).unsqueeze(0),
+        supervised=move(targets.rows),
+        labels=move(targets.labels),
+        loss_mask=move(targets.weights),
         positions=move(row.positions).unsqueeze(1),
         segments=segments.moved(move),
         views=vision_batch(patches, grids, cfg.vision).moved(move),
