@@ -65,9 +65,7 @@ def train_step(
     return StepResult(loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied)
 
 
-def run_schedule(
-    model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False
-) -> list[Tensor]:
+def run_schedule(model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False) -> list[Tensor]:
     """megatron's schedule for the layout: no pipeline, 1F1B, or interleaved. Returns the last stage's reports."""
     iterators = [iter(rows) for _ in model]  # every virtual chunk walks the same rows
     return get_forward_backward_func()(
@@ -75,7 +73,7 @@ def run_schedule(
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=list(model) if len(model) > 1 else model[0],
         num_microbatches=len(rows),
-        seq_length=rows[0].tokens.shape[1],
+        seq_length=rows[0].tokens.shape[1] * model[0].config.context_parallel_size,  # of the whole row
         micro_batch_size=1,
         forward_only=forward_only,
     )
