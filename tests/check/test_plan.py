@@ -39,7 +39,9 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
         micro_packs=1,
         capacity=capacity,
         world=world,
-        batch=model_batch(row, cfg, image_token=IMAGE, device=torch.device("cpu")),
+        batch=lambda layout: model_batch(
+            row, cfg, image_token=IMAGE, device=torch.device("cpu"), context=(0, layout.context)
+        ),
     )
 
 
@@ -52,9 +54,9 @@ def measured(made: Job) -> int:
         model = optim.wrap(chunks, made.parallel)
         for chunk in model:
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
-        run_schedule(model, [made.batch])
+        run_schedule(model, [made.batch(made.parallel)])
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            run_schedule(model, [made.batch])
+            run_schedule(model, [made.batch(made.parallel)])
         groups.stop()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.context import cut_segments
 from vlm_nemo.model.head import targets_of
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.looks import Looks, make_looks
@@ -20,7 +21,7 @@ from vlm_nemo.types import Images, PackedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBatch:
-    """What VLM.forward takes. B is 1: one packed row."""
+    """What VLM.forward takes. B is 1: one packed row, or a context rank's part of it, whose T is that of its tokens."""
 
     tokens: Tensor
     """[1, T] int64"""
@@ -37,7 +38,7 @@ class ModelBatch:
     """One blank view where the row has none, so that every rank runs the same layers; None in a step of generation,
     which does not train."""
     image_slots: Tensor
-    """[M] int64: the row's placeholders in order; empty where the row has no images"""
+    """[M] int64: the placeholders among these tokens, in the row's order; empty where there are none"""
     image_sources: Tensor
     """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there; [M, 4] with shares"""
     image_shares: Tensor | None = None
@@ -97,8 +98,17 @@ def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Loo
     return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist())
 
 
-def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device) -> ModelBatch:
-    """Check a row and move it. Raises ValueError as `count_embeddings` does."""
+Place = tuple[int, int]
+"""A rank of a group, and how many it has."""
+
+
+def model_batch(
+    row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device, context: Place = (0, 1)
+) -> ModelBatch:
+    """Check a row and move it; of several context ranks', the part that this one takes (context.py).
+
+    Raises ValueError as `count_embeddings` does.
+    """
     images = row.images
     patches, grids, embeddings = images.patches, images.grids, 0
     if len(patches):
@@ -111,7 +121,16 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
     segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
     segments.looks = looks_of(images, row.cu_seqlens.tolist(), cfg)
-    targets = targets_of(row.labels)
+    tokens, labels, positions = row.tokens, row.labels, row.positions
+    slots, sources, shares = images.slots, rows_of(images.sources, embeddings), images.shares
+    rank, ranks = context
+    if ranks > 1:
+        held, segments = cut_segments(segments, ranks, rank)
+        tokens, labels, positions = tokens[held], labels[held], positions[:, held]
+        if segments.looks is None:
+            slots, there = cut_slots(slots, held, len(row.tokens))
+            sources, shares = sources[there], None if shares is None else shares[there]
+    targets = targets_of(labels)
 
     def move(x: Tensor) -> Tensor:
         if device.type == "cuda":
@@ -119,14 +138,25 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
         return x
 
     return ModelBatch(
-        tokens=move(row.tokens).unsqueeze(0),
+        tokens=move(tokens).unsqueeze(0),
         supervised=move(targets.rows),
         labels=move(targets.labels),
         loss_mask=move(targets.weights),
-        positions=move(row.positions).unsqueeze(1),
+        positions=move(positions).unsqueeze(1),
         segments=segments.moved(move),
         views=vision_batch(patches, grids, cfg.vision).moved(move),
-        image_slots=move(images.slots),
-        image_sources=move(rows_of(images.sources, embeddings)),
-        image_shares=None if images.shares is None else move(images.shares),
+        image_slots=move(slots),
+        image_sources=move(sources),
+        image_shares=None if shares is None else move(shares),
     )
+
+
+def cut_slots(slots: Tensor, held: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Where placeholders stand among the tokens that are held, and which of them do.
+
+    ([1 2 5], [4 5 6 7 0 1], 8) -> [5 1], [True False True]
+    """
+    here = torch.full((length,), -1)
+    here[held] = torch.arange(len(held))
+    found = here[slots]
+    return found[found >= 0], found >= 0

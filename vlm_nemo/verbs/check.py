@@ -98,7 +98,9 @@ def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
         micro_packs=cfg.data.micro_packs,
         capacity=cfg.data.pack.capacity,
         world=cfg.check.world,
-        batch=model_batch(row, cfg.model, image_token=image_token, device=torch.device("cpu")),
+        batch=lambda parallel: model_batch(
+            row, cfg.model, image_token=image_token, device=torch.device("cpu"), context=(0, parallel.context)
+        ),
     )
     return plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
 
@@ -146,7 +148,7 @@ def _data(cfg: CheckRoot) -> Finding:
         sources,
         samples=cfg.check.samples,
         max_tokens=cfg.model.language.max_positions,
-        replicas=max(1, cfg.check.world // (cfg.parallel.tensor * cfg.parallel.pipeline)),
+        replicas=max(1, cfg.check.world // (cfg.parallel.tensor * cfg.parallel.context * cfg.parallel.pipeline)),
     )
 
 
