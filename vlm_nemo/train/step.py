@@ -65,9 +65,7 @@ def train_step(
     return StepResult(loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied)
 
 
-def run_schedule(
-    model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False
-) -> list[Tensor]:
+def run_schedule(model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False) -> list[Tensor]:
     """megatron's schedule for the layout: no pipeline, 1F1B, or interleaved. Returns the last stage's reports."""
     iterators = [iter(rows) for _ in model]  # every virtual chunk walks the same rows
     return get_forward_backward_func()(

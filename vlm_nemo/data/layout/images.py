@@ -40,7 +40,8 @@ def plan_image(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
 
 def vision_cost(spec: ImageSpec, size: tuple[int, int]) -> int:
     """Patches that the tower computes for an image of (width, height) pixels."""
-    return plan_image(spec, size).cost
+    plan = plan_image(spec, size)
+    return plan.cost if spec.tiles is None else spec.tiles * spec.grid[0] * spec.grid[1]
 
 
 def count_tokens(spec: ImageSpec, size: tuple[int, int]) -> int:
