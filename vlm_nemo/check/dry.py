@@ -73,7 +73,9 @@ def reader(cfg: ModelConfig) -> ModelConfig:
     return replace(
         small,
         layout=cfg.layout,
-        vision=replace(small.vision, image_size=seen.image_size, patch_size=seen.patch_size, window=seen.window),
+        vision=replace(
+            small.vision, image_size=seen.image_size, patch_size=seen.patch_size, window=seen.window, tiles=seen.tiles
+        ),
         projector=replace(small.projector, num_queries=cfg.projector.num_queries),
         language=replace(small.language, vocab_size=cfg.language.vocab_size, max_positions=cfg.language.max_positions),
     )

@@ -99,7 +99,15 @@ def decode_images(
         slots=text.slots,
         sources=text.sources,
         shares=text.shares,
+        tilings=tilings_of(text.plans, spec),
     )
+
+
+def tilings_of(plans: Sequence[ImagePlan], spec: ImageSpec) -> NDArray[np.int64] | None:
+    """[N, 2]: see `Images.tilings`; None where no tower asks for them."""
+    if spec.tiles is None:
+        return None
+    return np.array([plan.tiling for plan in plans], dtype=np.int64).reshape(-1, 2)
 
 
 def _patches(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -52,7 +53,7 @@ class DecoderLayer(TransformerLayer):
             packed_seq_params=given["packed_seq_params"],
         )
         assert bias is None, "a bias would have to be normed too"
-        return hidden_states + self.post_attention_layernorm(out), None
+        return hidden_states + self.post_attention_layernorm(out), given.get("context")
 
     def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
         if self.sandwich:
@@ -68,6 +69,16 @@ class Decoder(GPTModel):
 
     def __init__(self, cfg: LanguageConfig, config: TransformerConfig, **given: Any) -> None:
         super().__init__(config, **given)
+        if self.pre_process and cfg.input_tokens:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=cfg.vocab_size + cfg.input_tokens,
+                max_sequence_length=cfg.max_positions,
+                position_embedding_type=self.position_embedding_type,
+                scatter_to_sequence_parallel=False,
+                tp_group=self.pg_collection.tp,
+            )
+            self.setup_embeddings_and_output_layer()
         self.rotary_pos_emb = Rotary(cfg, config.kv_channels)
         if self.post_process:  # GPTModel takes no spec for it; Head has no state of its own
             self.output_layer.__class__ = Head

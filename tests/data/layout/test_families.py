@@ -34,6 +34,7 @@ from vlm_nemo.data.layout.tiles import INDICATORS
 from vlm_nemo.data.pieces import image_tokens
 from vlm_nemo.data.sample import Message
 from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.model.tiles import tilings
 from vlm_nemo.types import Images
 
 CHATML = ["<|im_start|>", "<|im_end|>"]
@@ -232,16 +233,15 @@ FAMILIES: dict[str, Family] = {
         bos="<|begin_of_text|>",
     ),
     "Llama 3.2 Vision": Family(
-        template="llama3",
-        published="llama3",
+        template="llama32",
+        published="llama32",
         layout=LayoutConfig(kind="canvas", max_tiles=4, resample="bilinear"),
-        spec=dict(cross_attention=True),
+        spec=dict(cross_attention=True, tiles=4),
         build=mllama,
         names=[*LLAMA3, "<|python_tag|>"],
         image="<|image|>",
         marker="<|image|>",
         bos="<|begin_of_text|>",
-        adds_bos=True,
     ),
 }
 
@@ -320,6 +320,10 @@ def test_a_prompt_is_the_familys(pairs: dict[str, Pair], name: str, count: int) 
         _check_pixels(pair, whole, expected)
         assert whole.count == count and whole.slots is found.slots and len(whole.grids) == whole.views.sum()
         assert len(whole.patches) == whole.grids.prod(axis=1).sum()
+        if pair.spec.tiles is not None and count:
+            numbers = [1 + tilings(pair.spec.tiles).index((rows, columns)) for rows, columns in whole.tilings.tolist()]
+            assert [numbers] == np.asarray(expected["aspect_ratio_ids"]).tolist()
+            assert whole.views.tolist() == np.asarray(expected["aspect_ratio_mask"])[0].sum(axis=1).tolist()
         assert [image_tokens(plan, pair.ours) for plan in plans] == [
             len(encode_prompt(messages[:1], pair.ours, TEMPLATES[pair.family.template], plans).tokens)
             - len(encode_prompt(messages[:1], pair.ours, TEMPLATES[pair.family.template], _less(plans, i)).tokens)
@@ -398,7 +402,9 @@ def _replace(ids: list[int], old: list[int], new: list[int]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", ["LLaVA-NeXT, Mistral", "InternVL", "Qwen2-VL", "Gemma 3", "Idefics3"])
+@pytest.mark.parametrize(
+    "name", ["LLaVA-NeXT, Mistral", "InternVL", "Qwen2-VL", "Gemma 3", "Idefics3", "Llama 3.2 Vision"]
+)
 def test_a_system_message_is_the_familys(pairs: dict[str, Pair], name: str) -> None:
     pair = pairs[name]
     messages: list[Message] = [{"role": "system", "content": "I think."}, {"role": "user", "content": "What?"}]

@@ -46,6 +46,8 @@ def plan_image(spec: ImageSpec, size: tuple[int, int], alone: bool = True) -> Im
 
 def vision_cost(spec: ImageSpec, sizes: Sequence[tuple[int, int]]) -> int:
     """Patches that the tower computes for the images of one conversation."""
+    if spec.tiles is not None:  # as many for every image, the empty tiles too
+        return len(sizes) * spec.tiles * spec.grid[0] * spec.grid[1]
     return sum(plan.cost for plan in plan_sizes(spec, sizes))
 
 
