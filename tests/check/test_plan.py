@@ -21,6 +21,7 @@ from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.step import run_schedule
@@ -40,7 +41,14 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
         micro_packs=1,
         capacity=capacity,
         world=world,
-        batch=model_batch(row, cfg, image_token=IMAGE, device=torch.device("cpu")),
+        batch=lambda layout: model_batch(
+            row,
+            cfg,
+            image_token=IMAGE,
+            device=torch.device("cpu"),
+            context=(0, layout.context),
+            sharing=(0, image_ranks(layout)),
+        ),
         work=work_of([row]),
     )
 
@@ -54,9 +62,9 @@ def measured(made: Job) -> int:
         model = optim.wrap(chunks, made.parallel)
         for chunk in model:
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
-        run_schedule(model, [made.batch])
+        run_schedule(model, [made.batch(made.parallel)])
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            run_schedule(model, [made.batch])
+            run_schedule(model, [made.batch(made.parallel)])
         groups.stop()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0

@@ -62,7 +62,8 @@ def train(task: Task, parallel: ParallelConfig, witness: Path) -> Run:
     model = optim.wrap(chunks, parallel)
     optimizer = optim.build_optimizer(rates, parallel, "fp32", model)
     step.prepare_model(model)
-    run, place = Run(), chunks[0].image_place
+    run = Run()
+    places = {"context": (ranks.context_rank, ranks.context), "sharing": chunks[0].image_place}
     update = step.update
 
     def looking(optimizer: Any, clip: float) -> tuple[float, bool]:
@@ -76,7 +77,7 @@ def train(task: Task, parallel: ParallelConfig, witness: Path) -> Run:
     try:
         for number in range(1, STEPS + 1):
             mine = task.rows(number)[ranks.data_rank :: ranks.data]
-            batches = [model_batch(r, cfg, image_token=tiny.IMAGE, device=device.device(), place=place) for r in mine]
+            batches = [model_batch(r, cfg, image_token=tiny.IMAGE, device=device.device(), **places) for r in mine]
             optim.set_rates(optimizer, rates, number, STEPS)
             result = step.train_step(model, optimizer, batches, rates.clip_grad)
             speaks = ranks.last_stage and ranks.tensor_rank == 0

@@ -67,10 +67,9 @@ def train(chain: list[dict[str, Any]], folder: Path, start: int, save: bool) -> 
             if number:
                 checkpoint.load_optimizer(checkpoint.find(folder), chunks, optimizer, number)
             rows = compositions.rows(cfg, 4, 1000 * number, capacity=192)[ranks.data_rank :: ranks.data]
-            place = chunks[0].image_place
+            places = {"context": (ranks.context_rank, ranks.context), "sharing": chunks[0].image_place}
             batches = [
-                model_batch(row, cfg, image_token=compositions.IMAGE, device=device.device(), place=place)
-                for row in rows
+                model_batch(row, cfg, image_token=compositions.IMAGE, device=device.device(), **places) for row in rows
             ]
             optim.set_rates(optimizer, rates, 1, 2)
             result = step.train_step(wrapped, optimizer, batches, rates.clip_grad)

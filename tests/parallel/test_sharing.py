@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests import compositions, tiny
 from tests.compositions import Composition
@@ -22,7 +21,6 @@ from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.share import Share, dealt, gathered, share_views, uneven
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.types import PackedBatch
 
 TWENTY = 20
@@ -70,6 +68,7 @@ FEW = [
     ("twenty", SHARED | dict(sequence=True)),
     ("twenty, stage 1, tied", SHARED),
     ("text only", SHARED),
+    ("twenty", dict(context=2)),
     ("words", SHARED),
     ("native", SHARED | dict(sequence=True)),
 ]
@@ -97,6 +96,9 @@ CASES: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
             ("queries", SHARED | dict(pipeline=2)),
             ("perceiver", SHARED | dict(pipeline=2, distributed_optimizer=True)),
             ("native", dict(tensor=4, vision=1, recompute="full")),
+            ("native", SHARED | dict(context=2, sequence=True)),
+            ("newline", SHARED | dict(context=2, distributed_optimizer=True)),
+            ("words", dict(context=2, pipeline=2)),
             ("looking", SHARED | dict(pipeline=2, layers=[1, 3])),
         ],
     ),
@@ -130,9 +132,9 @@ def test_every_view_is_taken_once_and_finds_its_place(count: int, ranks: int) ->
     whole = torch.cat([torch.full((view_tokens(spec_of(cfg), grid),), i) for i, grid in enumerate(grids)])
     handed = []
     for rank in range(ranks):
-        mine, own, share = share_views(patches, grids, cfg, (rank, ranks))
-        assert len(mine) == sum(h * w for h, w in own)
-        numbers = np.searchsorted(np.cumsum(sizes), mine[:, 0].numpy(), side="right")
+        own, share = share_views(patches, torch.tensor(grids), cfg, (rank, ranks))
+        assert len(own.patches) == sum(h * w for h, w in own.grids)
+        numbers = np.searchsorted(np.cumsum(sizes), own.patches[:, 0].numpy(), side="right")
         seen = list(dict.fromkeys(numbers.tolist()))
         rows = [i for i in seen for _ in range(view_tokens(spec_of(cfg), grids[i]))] if rank < count else []
         handed += rows + [-1] * (share.most - len(rows))
@@ -140,25 +142,25 @@ def test_every_view_is_taken_once_and_finds_its_place(count: int, ranks: int) ->
 
 
 def sums() -> list[tuple[list[float], list[float]]]:
-    """What the gather gives, and the gradient of a rank's own rows: where all send back the same, and where not."""
+    """What the gather gives, and the gradient of a rank's own rows: over two tensor ranks, then two context ranks."""
     with device.adapter():
-        ranks = groups.start(ParallelConfig(tensor=2), seed=0)
-        found = [summed(ranks, alike) for alike in (True, False)]
+        groups.start(ParallelConfig(), seed=0)
+        found = []
+        for parallel in (ParallelConfig(tensor=2), ParallelConfig(context=2)):
+            rank = groups.lay_out(parallel, seed=0).rank
+            rows = torch.full((2 - rank, 1), 1.0 + rank, requires_grad=True)
+            share = Share(most=2, order=torch.tensor([0, 2, 1]))
+            out = gathered(rows, share, alike=parallel.context == 1)
+            weights = torch.tensor([1.0, 10.0, 100.0])[:, None]
+            (out * weights * (1 if parallel.context == 1 else 1 + rank)).sum().backward()
+            found.append((out.flatten().tolist(), rows.grad.flatten().tolist()))
         groups.stop()
     return found
 
 
-def summed(ranks: Ranks, alike: bool) -> tuple[list[float], list[float]]:
-    rows = torch.full((2 - ranks.tensor_rank, 1), 1.0 + ranks.tensor_rank, requires_grad=True)
-    share = Share(most=2, order=torch.tensor([0, 2, 1]))
-    out = gathered(rows, share, dist.group.WORLD, alike=alike)
-    weights = torch.tensor([1.0, 10.0, 100.0])[:, None]
-    (out * weights * (1 if alike else 1 + ranks.tensor_rank)).sum().backward()
-    return out.flatten().tolist(), rows.grad.flatten().tolist()
-
-
 def test_gradients_of_gathered_rows() -> None:
-    """Alike: each rank's part of what all know, times the ranks, because the parameters are averaged. Else the sum."""
+    """Tensor ranks: each one's part of what all know, times the ranks, because parameters are averaged over them.
+    Context ranks: the sum of what each knows."""
     first, second = run_ranks(sums, 2)
     assert first == [([1, 2, 1], [2, 200]), ([1, 2, 1], [3, 300])]
     assert second == [([1, 2, 1], [20]), ([1, 2, 1], [30])]

@@ -12,12 +12,12 @@ from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
 from vlm_nemo.check.timeline import Timeline, one_f_one_b
-from vlm_nemo.model.batch import ModelBatch, shared
+from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.share import uneven
 from vlm_nemo.model.stages import Work, chunk_layers, costs_of, resolved
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import check_layout, vision_alone
+from vlm_nemo.runtime.layout import check_layout, image_ranks
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.optim import learns
 
@@ -37,14 +37,14 @@ class Job:
     micro_packs: int
     capacity: int
     world: int
-    batch: ModelBatch
-    """A typical micro-batch."""
+    batch: Callable[[ParallelConfig], ModelBatch]
+    """A typical micro-batch, as the first context rank of a layout gets it."""
     work: Work
     """Rows by which pipeline stages are balanced."""
 
     @property
     def replicas(self) -> int:
-        return self.world // (self.parallel.tensor * self.parallel.pipeline)
+        return self.world // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
 
     @property
     def micro(self) -> int:
@@ -63,10 +63,7 @@ def needs(job: Job) -> list[StageNeeds]:
         capacity=job.capacity,
     )
     parallel = as_trained(job)
-
-    batch = job.batch
-    if vision_alone(parallel):
-        batch = shared(batch, job.model, (0, parallel.tensor))
+    batch = job.batch(parallel)
     return [
         stage_needs(
             job.model,
@@ -129,15 +126,20 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     )
     work = Table(
         title="a step of one replica",
-        columns=("stage", "parts", "layers", "TFLOP", "share", "tensor group MB", "to stages MB", "data group MB"),
+        columns=(
+            *("stage", "parts", "layers", "TFLOP", "share", "tensor group MB"),
+            *(("context group MB",) if job.parallel.context > 1 else ()),
+            *("to stages MB", "data group MB"),
+        ),
         rows=[
             (
                 str(s.stage),
                 " ".join(s.parameters),
                 "+".join(str(count) for count in layers[s.stage :: job.parallel.pipeline]),
-                f"{busy / 1e12 * job.parallel.tensor:,.2f}",
+                f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
                 f"{_tensor_bytes(s) / 1e6:,.0f}",
+                *((f"{_context_bytes(s) / 1e6:,.0f}",) if job.parallel.context > 1 else ()),
                 f"{(s.sent.get('send', 0)) / 1e6:,.0f}",
                 f"{s.data_sent / 1e6:,.0f}",
             )
@@ -170,11 +172,11 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
 
 
 def _shared_images(job: Job) -> list[str]:
-    """How evenly a row's images are shared out over the tensor group, where they are."""
-    if not vision_alone(job.parallel):
+    """How evenly a row's images are shared out over tensor and context ranks, where they are."""
+    if (sharing := image_ranks(job.parallel)) == 1:
         return []
-    busiest = uneven(job.model, job.work.grids, job.parallel.tensor)
-    return [f"a row's images, shared out over {job.parallel.tensor} ranks: the busiest has {busiest:.2f} x the mean"]
+    busiest = uneven(job.model, job.work.grids, sharing)
+    return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
 
 
 def _with_recompute(job: Job) -> list[StageNeeds] | None:
@@ -194,8 +196,12 @@ def _help(job: Job, limit: int) -> str:
 
 
 def _tensor_bytes(stage: StageNeeds) -> int:
-    """In forward and backward, all that does not go to another stage goes to the tensor group."""
-    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv"))
+    """In forward and backward, what goes neither to another stage nor to context ranks goes to the tensor group."""
+    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv")) - _context_bytes(stage)
+
+
+def _context_bytes(stage: StageNeeds) -> int:
+    return sum(size for name, size in stage.sent.items() if name.startswith("context "))
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:

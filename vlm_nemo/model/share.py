@@ -11,10 +11,11 @@ Three ranks, four views that give 4, 4, 2 and 2 embeddings:
 Every rank hands in as many rows as the one with most has, and one without a view runs a blank one, so that all run the
 same collectives whatever a row holds.
 
-A parameter of the tower is on every rank and sees other images on each, so its gradient is the sum over them. What
-comes back from the decoder is the same on every rank: the gather's gradient is this rank's rows of it times the number
-of ranks, and when a step's gradients are finished, megatron averages those that `boxes.mark_shared` marks over the
-tensor group. What each rank computes alike (an extra row of the projector) is averaged too, and stays as it is.
+A parameter of the tower is on every rank and sees other images on each, so its gradient is the sum over them. The
+ranks are tensor x context. What comes back from the decoder is the same on all tensor ranks, and of context ranks each
+has the part of its own tokens: the gather's gradient sums them all, so it is `tensor` times the true one. When a step's
+gradients are finished, megatron averages those that `boxes.mark_shared` marks over the tensor group, and sums over
+context and data ranks. What each rank computes alike (an extra row of the projector) comes out right too.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import view_flops
 from vlm_nemo.model.layout import spec_of
-from vlm_nemo.model.views import Grid, blank_view
+from vlm_nemo.model.views import Grid, VisionBatch, blank_batch, vision_batch
+from vlm_nemo.runtime import groups
 
 Place = tuple[int, int]
-"""A rank among those that share images, and how many these are."""
+"""A rank of a group, and how many it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,43 +85,58 @@ def uneven(cfg: ModelConfig, rows: Iterable[Sequence[Grid]], ranks: int) -> floa
 
 
 def share_views(
-    patches: Tensor, grids: Sequence[Grid], cfg: ModelConfig, place: Place
-) -> tuple[Tensor, list[Grid], Share]:
+    patches: Tensor, grids: Tensor, cfg: ModelConfig, place: Place, tilings: Tensor | None = None
+) -> tuple[VisionBatch, Share]:
     """This rank's views of a row, or a blank one; and where everyone's embeddings go. Every rank plans the same.
 
-    patches: [P, p*p*3] of all views; on the CPU.
+    patches: [P, p*p*3] and grids: [V, 2] of all views; on the CPU. tilings: as `vision_batch` takes them; the tiles of
+    an image, which look at one another, stay together.
     """
     rank, ranks = place
-    spec = spec_of(cfg)
-    counts = [view_tokens(spec, grid) for grid in grids]
-    taken = dealt(view_costs(cfg, grids), ranks)
-    blank, blank_grids = blank_view(cfg.vision, spec.factor)
-    (blank_grid,) = ((int(h), int(w)) for h, w in blank_grids.tolist())
-    most = max(sum(counts[view] for view in views) or view_tokens(spec, blank_grid) for views in taken)
+    spec, tiles = spec_of(cfg), cfg.vision.tiles
+    known = [(int(h), int(w)) for h, w in grids.tolist()]
+    assert (tiles is None) or tilings is not None, "a tower with tiles wants to know their arrangement"
+    sizes = [1] * len(known) if tiles is None or tilings is None else tilings.prod(1).tolist()
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
-    order: list[Tensor] = [torch.empty(0)] * len(counts)
-    for other, views in enumerate(taken):
-        start = other * most
-        for view in views:
-            order[view] = torch.arange(start, start + counts[view])
-            start += counts[view]
-    pieces = patches.split([h * w for h, w in grids])
+    def given(grid: Grid) -> int:
+        """Embeddings of a view, or of an image, whose unused tiles count."""
+        return view_tokens(spec, grid) * (tiles or 1)
+
+    costs = view_costs(cfg, known)
+    together = [sum(costs[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    counts = [given(known[start]) for start in starts]
+    taken = dealt(together, ranks)
+    most = max(sum(counts[i] for i in mine) or given((spec.factor, spec.factor)) for mine in taken)
+    order = [torch.empty(0)] * len(counts)
+    for other, mine in enumerate(taken):
+        at = other * most
+        for i in mine:
+            order[i] = torch.arange(at, at + counts[i])
+            at += counts[i]
+    share = Share(most=most, order=torch.cat(order))
+
     mine = taken[rank]
-    return (
-        torch.cat([pieces[view] for view in mine]) if mine else blank,
-        [grids[view] for view in mine] if mine else [blank_grid],
-        Share(most=most, order=torch.cat(order)),
+    if not mine:
+        return blank_batch(cfg.vision, spec.factor), share
+    views = [view for i in mine for view in range(starts[i], starts[i] + sizes[i])]
+    pieces = patches.split([h * w for h, w in known])
+    own = vision_batch(
+        torch.cat([pieces[view] for view in views]),
+        [known[view] for view in views],
+        cfg.vision,
+        None if tiles is None or tilings is None else tilings[mine],
     )
+    return own, share
 
 
-def gathered(rows: Tensor, share: Share, group: dist.ProcessGroup, *, alike: bool = True) -> Tensor:
-    """[this rank's embeddings, D] -> [E, D], the whole row's in their order, on every rank of the group.
+def gathered(rows: Tensor, share: Share, *, alike: bool) -> Tensor:
+    """[this rank's embeddings, D] -> [E, D], the whole row's in their order, on every rank of `groups.image_group()`.
 
-    alike: every rank sends back the whole gradient, as a tensor group does, so none needs another's. Otherwise each
-    sends a part (the tokens of its context rank, say), and the parts are summed.
+    alike: every rank sends back the same gradient, as without context parallelism, so none needs another's.
     """
     padded = F.pad(rows, (0, 0, 0, share.most - rows.shape[0]))
-    return _Gather.apply(padded, group, alike).index_select(0, share.order)
+    return _Gather.apply(padded, groups.image_group(), alike).index_select(0, share.order)
 
 
 class _Gather(torch.autograd.Function):

@@ -20,7 +20,7 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import Grid, layer_flops, step_flops
 from vlm_nemo.model.share import uneven
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import vision_alone
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.types import PackedBatch
 
 TIE = 1e-9
@@ -41,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """FLOPs of forward and backward over the Work, of all tensor ranks together."""
+    """FLOPs of forward and backward over the Work, of all tensor and context ranks together."""
 
     first: float
     """Vision tower and projector. Looking up embeddings is no arithmetic."""
@@ -55,14 +55,14 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     """trained: part -> whether it learns: a frozen tower has no backward pass, a frozen decoder makes no gradients of
     its weights.
 
-    Where images are shared out over the tensor group (`parallel.vision`), the rank with most decides how long vision
-    takes.
+    Where ranks share out images (`parallel.vision`), the one with most decides how long vision takes; where the tower
+    is split instead, every context rank embeds all images.
     """
     grids = [grid for row in work.grids for grid in row]
     all_parts = step_flops(cfg, trained, lengths=work.lengths, grids=grids, supervised=work.supervised)
     first = all_parts.vision + all_parts.projector
-    if vision_alone(parallel):
-        first *= uneven(cfg, work.grids, parallel.tensor)
+    sharing = image_ranks(parallel)
+    first *= uneven(cfg, work.grids, sharing) if sharing > 1 else parallel.context
     layers = range(cfg.language.num_layers)
     return Costs(
         first=first,

@@ -22,7 +22,8 @@ class ParallelConfig:
     """Language layers of every stage in order (pipeline x virtual numbers); empty = so that all stages take equally
     long, vision and head counted, by the first rows of the data."""
     context: int = 1
-    """Ranks that share one row along its length; this version supports 1."""
+    """Ranks that share each row along its length, for rows too long for one rank: each does its own tokens, with keys
+    and values of all. Cuts data.pack.capacity into twice as many chunks. Where a model answers, they are replicas."""
     sequence: bool = False
     """Sequence parallelism: shard norms and dropout over the tensor group; needs tensor > 1."""
     distributed_optimizer: bool = True

@@ -10,15 +10,16 @@ from pathlib import Path
 import yaml
 
 from vlm_nemo.check.rows import blank_row
-from vlm_nemo.check.sources import Sources, open_sources
 from vlm_nemo.config import Config
+from vlm_nemo.data.sources import Sources, open_sources
+from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.share import uneven
 from vlm_nemo.model.stages import Work, costs_of, described, resolved, work_of
 from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.runtime.layout import check_layout, vision_alone
+from vlm_nemo.runtime.layout import check_layout, image_ranks
 from vlm_nemo.train.optim import learns
 from vlm_nemo.types import UserError
 
@@ -42,13 +43,14 @@ def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, 
     """
     parallel = cfg.parallel
     lines: list[str] = []
-    if parallel.pipeline == 1 and not vision_alone(parallel):
+    if parallel.pipeline == 1 and image_ranks(parallel) == 1:
         return parallel, lines
     if ranks.main:
         if not parallel.layers and saved is not None:
             parallel = replace(parallel, layers=_of_checkpoint(cfg, ranks, saved))
         try:
-            work = first_work(cfg, open_sources(cfg.data, spec_of(cfg.model), seed=cfg.seed))
+            tokenizer = Tokenizer(cfg.data.tokenizer)
+            work = first_work(cfg, open_sources(cfg.data, spec_of(cfg.model), tokenizer, seed=cfg.seed))
         except UserError as error:  # the run's own reader says it too, with its ledger
             log.warning("pipeline stages are cut evenly, not by cost: %s", error)
         else:
@@ -63,11 +65,11 @@ def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:
     if parallel.pipeline > 1:
         costs = costs_of(cfg.model, parallel, learns(cfg.optim), work)
         lines.append(f"pipeline: {described(costs, parallel.layers, parallel.pipeline)}, by the first {ROWS} rows")
-    if vision_alone(parallel):
-        busiest = uneven(cfg.model, work.grids, parallel.tensor)
+    if (sharing := image_ranks(parallel)) > 1:
+        busiest = uneven(cfg.model, work.grids, sharing)
         lines.append(
-            f"parallel.vision=1: {parallel.tensor} ranks share out the images of a row, the busiest does "
-            f"{busiest:.2f} x the mean, by the first {ROWS} rows"
+            f"vision: {sharing} ranks share out the images of a row, the busiest does {busiest:.2f} x the mean, by the "
+            f"first {ROWS} rows"
         )
     return lines
 
