@@ -11,11 +11,12 @@ from vlm_nemo.data.layout.spec import view_tokens
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.context import cut_segments
+from vlm_nemo.model.head import targets_of
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.looks import Looks, make_looks
 from vlm_nemo.model.segments import Segments, make_segments
-from vlm_nemo.model.views import VisionBatch, blank_view, vision_batch
-from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
+from vlm_nemo.model.views import VisionBatch, blank_batch, vision_batch
+from vlm_nemo.types import Images, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,12 @@ class ModelBatch:
 
     tokens: Tensor
     """[1, T] int64"""
+    supervised: Tensor
+    """[S] int64: the tokens that have a label (`vlm_nemo.model.head.Targets`); one stand-in where none has"""
     labels: Tensor
-    """[1, T] int64, 0 where the loss is masked"""
+    """[S] int64: theirs"""
     loss_mask: Tensor
-    """[1, T] float32: 1 where supervised"""
+    """[S] float32: 1, 0 for the stand-in"""
     positions: Tensor
     """[3, 1, T] int64"""
     segments: Segments | CachedStep
@@ -48,7 +51,9 @@ def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, i
     Raises ValueError with both counts where placeholders and images disagree: half an image is never merged.
     """
     spec = spec_of(cfg)
-    total = sum(view_tokens(spec, (rows, columns)) for rows, columns in images.grids.tolist())
+    total = sum(features_of(images, cfg))
+    if spec.tiles is not None:  # of those that fill an image up, too
+        total = images.count * spec.tiles * view_tokens(spec, spec.grid)
     reserved = int(images.embeddings.sum())
     if total != reserved:
         raise ValueError(f"the row's images were laid out for {reserved} embeddings, but the model gives {total}")
@@ -68,6 +73,14 @@ def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, i
             f"to {merged} of them; they must be equal"
         )
     return total
+
+
+def features_of(images: Images[Tensor], cfg: ModelConfig) -> list[int]:
+    """Of every image: what its own views give."""
+    spec = spec_of(cfg)
+    each = [view_tokens(spec, (rows, columns)) for rows, columns in images.grids.tolist()]
+    ends = [0, *images.views.cumsum(0).tolist()]
+    return [sum(each[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
 
 def rows_of(sources: Tensor, embeddings: int) -> Tensor:
@@ -92,7 +105,7 @@ def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Loo
     """Who attends to which image, of samples with these bounds; None where no layer looks at images."""
     if not cfg.language.cross_attention_layers:
         return None
-    return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist())
+    return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist(), features_of(images, cfg))
 
 
 Place = tuple[int, int]
@@ -107,13 +120,14 @@ def model_batch(
     Raises ValueError as `count_embeddings` does.
     """
     images = row.images
-    patches, grids, embeddings = images.patches, images.grids, 0
-    if len(patches):
+    embeddings = 0
+    if len(images.patches):
         embeddings = count_embeddings(images, row.tokens, cfg, image_token)
+        views = vision_batch(images.patches, images.grids, cfg.vision, images.tilings)
     else:  # none, or on a later pipeline stage, which gets no pixels
         if (row.tokens == image_token).any():
             raise ValueError("the row has image placeholders and no images")
-        patches, grids = blank_view(cfg.vision, spec_of(cfg).factor)
+        views = blank_batch(cfg.vision, spec_of(cfg).factor)
     whole = cfg.language.image_attention == "bidirectional"
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
     segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
@@ -127,7 +141,7 @@ def model_batch(
         if segments.looks is None:
             slots, there = cut_slots(slots, held, len(row.tokens))
             sources, shares = sources[there], None if shares is None else shares[there]
-    supervised = labels != IGNORE_INDEX
+    targets = targets_of(labels)
 
     def move(x: Tensor) -> Tensor:
         if device.type == "cuda":
@@ -136,11 +150,12 @@ def model_batch(
 
     return ModelBatch(
         tokens=move(tokens).unsqueeze(0),
-        labels=move(labels.masked_fill(~supervised, 0)).unsqueeze(0),
-        loss_mask=move(supervised.float()).unsqueeze(0),
+        supervised=move(targets.rows),
+        labels=move(targets.labels),
+        loss_mask=move(targets.weights),
         positions=move(positions).unsqueeze(1),
         segments=segments.moved(move),
-        views=vision_batch(patches, grids, cfg.vision).moved(move),
+        views=views.moved(move),
         image_slots=move(slots),
         image_sources=move(sources),
         image_shares=None if shares is None else move(shares),

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 import torch
@@ -55,6 +55,12 @@ class Ranks:
         return self.first_stage and self.tensor_rank == 0 and self.context_rank == 0
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The layout in numbers: world, tensor, pipeline, data and whatever else there is."""
+        names = [entry.name for entry in fields(self)]
+        return {name: int(getattr(self, name)) for name in names if name == "world" or f"{name}_rank" in names}
+
+    @property
     def main(self) -> bool:
         """The one process that prints and writes what there is once."""
         return self.rank == 0
@@ -76,7 +82,8 @@ def start(parallel: ParallelConfig, seed: int) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.on_cuda() else "gloo"
         if world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            _store = dist.HashStore()
+            dist.init_process_group(backend, store=_store, rank=0, world_size=1)
         else:
             # What init_process_group does by itself with these variables, but that would keep the store to itself
             _store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -123,6 +130,12 @@ def stop() -> None:
     _store = None
 
 
+def board() -> dist.Store:
+    """Where a rank leaves words for the others to find when they look: no collective, so any thread may use it."""
+    assert _store is not None, "not by start()"
+    return dist.PrefixStore("board", _store)
+
+
 def wait_for_all(failed: bool = False) -> None:
     """Wait until every rank has come here, however long that takes, or one has failed.
 
@@ -147,7 +160,7 @@ def wait_for_all(failed: bool = False) -> None:
 
 
 _store: dist.Store | None = None
-"""Of the job that `start` joined; None in a process that is alone."""
+"""Of the job that `start` joined."""
 _waits = itertools.count()
 """Every rank waits as often as every other."""
 

@@ -76,6 +76,11 @@ def _check_heads(model: ModelConfig) -> None:
         if size < 1 or whole % size:
             key = f"{of.rsplit('.', 1)[0]}.{name}"
             raise UserError(f"{key}={size} does not divide {of}={whole}; change either number")
+    if language.input_tokens and language.tied_embeddings:
+        raise UserError(
+            f"model.language.input_tokens={language.input_tokens} are rows that the head has not, so that it cannot "
+            "share them: set model.language.tied_embeddings=false or input_tokens=0"
+        )
     if head_dim(language) < 2 or head_dim(language) % 2:
         raise UserError(
             f"a head of the language model is {head_dim(language)} wide and rotary positions turn pairs; make "
@@ -125,6 +130,8 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
         "model.vision.num_heads": model.vision.num_heads,
         "model.vision.ffn_hidden_size": model.vision.ffn_hidden_size,
     }
+    if language.input_tokens:
+        cut["model.language.vocab_size + input_tokens"] = language.vocab_size + language.input_tokens
     # One matrix makes queries, keys and values; its rows are cut evenly even where ranks share a head.
     qkv = (language.num_heads + 2 * kv_heads) * head_dim(language)
 

@@ -59,6 +59,9 @@ class CheckpointConfig:
     """Newest checkpoints to keep; 0 = all."""
     resume: bool = True
     """Go on from the newest checkpoint of run_dir if there is one."""
+    asynchronous: bool = True
+    """Write in the background from a copy in the host's memory, so that a step waits for that copy alone; where the
+    memory does not suffice, or with false, the step waits for the disk."""
 
 
 @dataclass(kw_only=True)
