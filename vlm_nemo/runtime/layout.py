@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -40,16 +41,17 @@ def check_layout(
 
 def _check_row(parallel: ParallelConfig, capacity: int, micro_packs: int) -> None:
     """What is cut along a row's length must come out even."""
-    if capacity * micro_packs % (2 * parallel.context) and parallel.context > 1:
+    cut, pieces = [], 1
+    if parallel.context > 1:
+        pieces = 2 * parallel.context
+        cut.append(f"parallel.context={parallel.context} cuts each row into {pieces} chunks")
+    if parallel.sequence:
+        ranks = parallel.tensor * parallel.context
+        pieces = math.lcm(pieces, ranks)
+        cut.append(f"parallel.sequence shards each row over {ranks} ranks")
+    if capacity * micro_packs % pieces:
         raise UserError(
-            f"parallel.context={parallel.context} cuts each row into {2 * parallel.context} equal chunks, and "
-            f"data.pack.capacity={capacity} cannot be cut so; make it a multiple of {2 * parallel.context}"
-        )
-    ranks = parallel.tensor * parallel.context
-    if parallel.sequence and capacity * micro_packs % ranks:
-        raise UserError(
-            f"parallel.sequence shards each row over {ranks} ranks, which do not divide "
-            f"data.pack.capacity={capacity}; make it a multiple of {ranks}"
+            f"{' and '.join(cut)}, which do not divide data.pack.capacity={capacity}; make it a multiple of {pieces}"
         )
 
 
