@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_nemo.check.meter import Meter
 from vlm_nemo.check.world import pretend, shapes_only
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.boxes import is_shared
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
@@ -100,10 +101,14 @@ def stage_needs(
         holders = ranks.data * ranks.context  # of the same parameters, each with gradients of other tokens
         share = holders if parallel.distributed_optimizer else 1
         state = trained * (ADAM + (MASTER if precision == "bf16" else 0)) // share
+        shared = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_shared(p))
     total = both.get_total_flops() / len(batches)
     first = forward.get_total_flops() / len(batches)
     scale = micro / len(batches)
     data_sent = 0 if holders == 1 else gradients + (trained * (2 if precision == "bf16" else 4) // share)
+    sent = {name: round(size * scale) for name, size in meter.sent.items()}
+    if shared:  # their fp32 gradients are averaged over the tensor group, where a step's gradients are finished
+        sent["allreduce"] = sent.get("allreduce", 0) + 4 * shared
     return StageNeeds(
         stage=stage,
         parameters=parameters,
@@ -114,7 +119,7 @@ def stage_needs(
         activations=meter.peak - weights - gradients,
         forward_flops=first,
         backward_flops=total - first,
-        sent={name: round(size * scale) for name, size in meter.sent.items()},
+        sent=sent,
         data_sent=data_sent,
     )
 

@@ -31,6 +31,11 @@ def part_rates(cfg: OptimConfig) -> dict[str, float | None]:
     return rates
 
 
+def learns(cfg: OptimConfig) -> dict[str, bool]:
+    """Part -> whether it is trained."""
+    return {part: rate is not None for part, rate in part_rates(cfg).items()}
+
+
 def freeze(chunks: Sequence[VLM], rates: dict[str, float | None]) -> None:
     """Frozen parts make no gradients. Call before `wrap`: megatron's buffers hold trainable parameters only."""
     for chunk in chunks:

@@ -137,7 +137,14 @@ class Trainer:
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
         context = (self.ranks.context_rank, self.ranks.context)
-        return model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device(), context=context)
+        return model_batch(
+            row,
+            self.model_cfg,
+            image_token=self.image_token,
+            device=device.device(),
+            context=context,
+            sharing=self.chunks[0].image_place,
+        )
 
     def _next(self) -> StepData:
         """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""
