@@ -138,10 +138,22 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         ok=fits,
         verdict=verdict,
         tables=[table, work],
-        notes=[assumed, f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to CUDA, NCCL and the allocator"],
+        notes=[
+            assumed,
+            f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to CUDA, NCCL and the allocator",
+            f"a checkpoint in the background (checkpoint.asynchronous) copies {_copied(job, stages) / GIB:.2f} GiB a "
+            "rank to the host's memory",
+        ],
         figures=[("memory of a rank by stage", _memory(stages, limit))],
         data={"stages": [asdict(s) for s in stages], "bubble": line.bubble, "balance": line.balance, "limit": limit},
     )
+
+
+def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:
+    """Bytes of what is trained that a rank of the fullest stage writes: replicas share out what they all hold."""
+    element = 2 if job.precision == "bf16" else 4
+    whole = 1 if job.parallel.distributed_optimizer else job.replicas
+    return max(s.trained * element / job.replicas + s.optimizer / whole for s in stages)
 
 
 def _with_recompute(job: Job) -> list[StageNeeds] | None:
