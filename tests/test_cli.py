@@ -206,7 +206,10 @@ def test_validate_and_cfg_stop_before_the_work(capsys: pytest.CaptureFixture[str
         (dict(virtual=2), 1, 8, "parallel.virtual=2 needs parallel.pipeline > 1"),
         (dict(pipeline=2, virtual=2), 4, 2, "the interleaved schedule .* make data.global_packs a multiple of 4 or"),
         (dict(pipeline=2, virtual=2), 2, 3, "the interleaved schedule .* make data.global_packs a multiple of 2 or"),
-        (dict(context=2), 2, 8, "parallel.context=2 is not supported by this version"),
+        (dict(context=0), 1, 8, "parallel.context=0: the smallest is 1"),
+        (dict(tensor=2, context=2), 2, 8, "parallel.context=2 takes a multiple of 4 ranks, and 2 were started"),
+        (dict(context=2), 6, 8, "6 ranks make 3 data-parallel ranks, .* start 4 ranks or"),
+        (dict(context=3), 3, 8, "parallel.context=3 cuts each row into 6 chunks, .* make it a multiple of 6$"),
         (dict(sequence=True), 1, 8, "parallel.sequence=true needs parallel.tensor > 1"),
         (dict(tensor=0), 1, 8, "parallel.tensor=0: the smallest is 1"),
         (dict(tensor=2), 3, 8, "takes a multiple of 2 ranks, and 3 were started"),
@@ -268,6 +271,10 @@ def test_rows_are_cut_evenly_under_sequence_parallelism() -> None:
     with pytest.raises(UserError, match="data.pack.capacity=63; make it a multiple of 2"):
         check_layout(layout, tiny_model(), world_size=2, global_packs=8, capacity=63)
     check_layout(layout, tiny_model(), world_size=2, global_packs=8, capacity=64)
+    layout = ParallelConfig(tensor=2, sequence=True, context=3)
+    with pytest.raises(UserError, match=r"into 6 chunks and .* over 6 ranks, .*capacity=64; make it a multiple of 6$"):
+        check_layout(layout, tiny_model(), world_size=6, global_packs=8, capacity=64)
+    check_layout(layout, tiny_model(), world_size=6, global_packs=8, capacity=66)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
         micro_packs=1,
         capacity=capacity,
         world=world,
-        batch=model_batch(row, cfg, image_token=IMAGE, device=torch.device("cpu")),
+        batch=lambda layout: model_batch(
+            row, cfg, image_token=IMAGE, device=torch.device("cpu"), context=(0, layout.context)
+        ),
     )
 
 
@@ -52,9 +54,9 @@ def measured(made: Job) -> int:
         model = optim.wrap(chunks, made.parallel)
         for chunk in model:
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
-        run_schedule(model, [made.batch])
+        run_schedule(model, [made.batch(made.parallel)])
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            run_schedule(model, [made.batch])
+            run_schedule(model, [made.batch(made.parallel)])
         groups.stop()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0
@@ -142,3 +144,15 @@ def test_peaks_add_up() -> None:
     (stage,) = needs(job(ParallelConfig()))
     assert isinstance(stage, StageNeeds)
     assert stage.peak == stage.weights + stage.gradients + stage.optimizer + stage.activations
+
+
+def test_context_ranks_hold_half_of_a_row() -> None:
+    """Activations halve but for what images and the keys of the whole row take; every parameter is on both."""
+    (alone,) = needs(job(ParallelConfig(), capacity=4096))
+    (half,) = needs(job(ParallelConfig(context=2), world=2, capacity=4096))
+    assert half.weights == alone.weights and half.optimizer == pytest.approx(alone.optimizer / 2, rel=0.01)
+    assert alone.activations / 2 < half.activations < alone.activations * 0.7
+    assert half.data_sent > 0
+    both = 4 * 4096 * 2 * 2 * 8 * 4 * 8  # layers, tokens, keys and values, heads, their width, fp32, micro-batches
+    assert half.sent["context allgather_base"] == both
+    assert half.sent["context reduce_scatter_base"] == both // 2

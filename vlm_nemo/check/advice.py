@@ -31,13 +31,18 @@ def knobs(parallel: ParallelConfig, world: int) -> Iterator[tuple[tuple[str, ...
     if parallel.recompute != "full":
         yield ("parallel.recompute=full",), replace(parallel, recompute="full")
     tensor = 2 * parallel.tensor
-    while tensor <= 8 and world % (tensor * parallel.pipeline) == 0:
+    while tensor <= 8 and world % (tensor * parallel.pipeline * parallel.context) == 0:
         words = (f"parallel.tensor={tensor}", "parallel.sequence=true")
         yield words, replace(parallel, tensor=tensor, sequence=True)
         yield (*words, "parallel.recompute=full"), replace(parallel, tensor=tensor, sequence=True, recompute="full")
         tensor *= 2
+    context = 2 * parallel.context
+    while context <= 16 and world % (context * parallel.tensor * parallel.pipeline) == 0:
+        words = (f"parallel.context={context}", "parallel.recompute=full")
+        yield words, replace(parallel, context=context, recompute="full")
+        context *= 2
     pipeline = 2 * parallel.pipeline
-    while pipeline <= 16 and world % (pipeline * parallel.tensor) == 0:
+    while pipeline <= 16 and world % (pipeline * parallel.tensor * parallel.context) == 0:
         words = (f"parallel.pipeline={pipeline}", "parallel.recompute=full")
         yield words, replace(parallel, pipeline=pipeline, recompute="full")
         pipeline *= 2

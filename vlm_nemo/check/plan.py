@@ -33,12 +33,12 @@ class Job:
     micro_packs: int
     capacity: int
     world: int
-    batch: ModelBatch
-    """A typical micro-batch."""
+    batch: Callable[[ParallelConfig], ModelBatch]
+    """A typical micro-batch, as the first context rank of a layout gets it."""
 
     @property
     def replicas(self) -> int:
-        return self.world // (self.parallel.tensor * self.parallel.pipeline)
+        return self.world // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
 
     @property
     def micro(self) -> int:
@@ -56,13 +56,14 @@ def needs(job: Job) -> list[StageNeeds]:
         micro_packs=job.micro_packs,
         capacity=job.capacity,
     )
+    batch = job.batch(job.parallel)
     return [
         stage_needs(
             job.model,
             job.parallel,
             job.precision,
             job.optim,
-            lambda change: changed(job.batch, change),
+            lambda change: changed(batch, change),
             world=job.world,
             stage=stage,
             micro=job.micro,
@@ -112,14 +113,19 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     )
     work = Table(
         title="a step of one replica",
-        columns=("stage", "parts", "TFLOP", "share", "tensor group MB", "to stages MB", "data group MB"),
+        columns=(
+            *("stage", "parts", "TFLOP", "share", "tensor group MB"),
+            *(("context group MB",) if job.parallel.context > 1 else ()),
+            *("to stages MB", "data group MB"),
+        ),
         rows=[
             (
                 str(s.stage),
                 " ".join(s.parameters),
-                f"{busy / 1e12 * job.parallel.tensor:,.2f}",
+                f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
                 f"{_tensor_bytes(s) / 1e6:,.0f}",
+                *((f"{_context_bytes(s) / 1e6:,.0f}",) if job.parallel.context > 1 else ()),
                 f"{(s.sent.get('send', 0)) / 1e6:,.0f}",
                 f"{s.data_sent / 1e6:,.0f}",
             )
@@ -173,8 +179,12 @@ def _help(job: Job, limit: int) -> str:
 
 
 def _tensor_bytes(stage: StageNeeds) -> int:
-    """In forward and backward, all that does not go to another stage goes to the tensor group."""
-    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv"))
+    """In forward and backward, what goes neither to another stage nor to context ranks goes to the tensor group."""
+    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv")) - _context_bytes(stage)
+
+
+def _context_bytes(stage: StageNeeds) -> int:
+    return sum(size for name, size in stage.sent.items() if name.startswith("context "))
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:

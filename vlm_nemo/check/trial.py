@@ -81,7 +81,10 @@ def trial(subject: Subject, case: Case, rows: Sequence[PackedBatch], witness: Pa
     step.prepare_model(model)
     optim.set_rates(optimizer, rates, 1, 2)
     mine = rows[ranks.data_rank :: ranks.data]
-    batches = [model_batch(row, cfg, image_token=subject.image_id, device=device.device()) for row in mine]
+    place = (ranks.context_rank, ranks.context)
+    batches = [
+        model_batch(row, cfg, image_token=subject.image_id, device=device.device(), context=place) for row in mine
+    ]
     losses, norms = [], []
     largest: dict[str, float] = {}
     off: dict[str, float] = {}

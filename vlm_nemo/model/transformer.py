@@ -56,8 +56,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron's config with our decisions filled in.
 
-    pipelined: split over pipeline stages (the language model); the vision tower and projector live whole on the
-    first stage and keep their sequence unsplit. extra: a user's further fields (`model.megatron`), checked by name.
+    pipelined: split over pipeline stages (the language model) and its rows over context ranks; the vision tower and
+    projector live whole on the first stage and keep their sequence unsplit. extra: a user's further fields
+    (`model.megatron`), checked by name.
 
     Raises UserError for an extra field that megatron-core does not have or that another key decides.
     """
@@ -65,6 +66,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline if pipelined else 1,
         virtual_pipeline_model_parallel_size=parallel.virtual if pipelined and parallel.virtual > 1 else None,
+        # Our batches come cut (context.py): megatron only divides the length of what stages send to each other by it
+        context_parallel_size=parallel.context if pipelined else 1,
         sequence_parallel=parallel.sequence and pipelined,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,

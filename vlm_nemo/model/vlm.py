@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.head import Targets
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.projector.build import build_projector
 from vlm_nemo.model.views import VisionBatch
@@ -49,9 +50,9 @@ class VLM(MegatronModule):
         )
 
     def forward(self, batch: ModelBatch, *, gather_logits: bool = False, image_rows: Tensor | None = None) -> Tensor:
-        """Last stage: the loss of every token [1, T], or with gather_logits the logits [1, T, V] (of a generation
-        step, those after each row: [1, rows, V]). Earlier stages: hidden states [T, 1, D] (split over the tensor
-        group under sequence parallelism).
+        """Last stage: the loss of every supervised token [S], or with gather_logits the logits [1, T, V] (of a
+        generation step, those after each row: [1, rows, V]). Earlier stages: hidden states [T, 1, D] (split over the
+        tensor group under sequence parallelism).
 
         image_rows: the result of `embed_images` for this batch, where it is known already.
         """
@@ -74,7 +75,7 @@ class VLM(MegatronModule):
             position_ids=batch.positions,
             attention_mask=None,
             decoder_input=x,
-            labels=None if gather_logits else batch.labels,
+            labels=None if gather_logits else Targets(batch.supervised, batch.labels, batch.loss_mask),
             packed_seq_params=batch.segments,
             runtime_gather_output=gather_logits or None,
             extra_block_kwargs={"context": features} if self.looks else None,

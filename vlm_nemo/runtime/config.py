@@ -16,7 +16,8 @@ class ParallelConfig:
     virtual: int = 1
     """Model chunks a pipeline stage (interleaved schedule); 1 = plain 1F1B."""
     context: int = 1
-    """Ranks that share one row along its length; this version supports 1."""
+    """Ranks that share each row along its length, for rows too long for one rank: each does its own tokens, with keys
+    and values of all. Cuts data.pack.capacity into twice as many chunks. Where a model answers, they are replicas."""
     sequence: bool = False
     """Sequence parallelism: shard norms and dropout over the tensor group; needs tensor > 1."""
     distributed_optimizer: bool = True

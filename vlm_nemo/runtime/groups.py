@@ -26,12 +26,14 @@ LOOK_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Where this process stands. Sizes multiply to the world size (context parallel size is 1)."""
+    """Where this process stands. tensor x context x pipeline ranks are a replica; times `data`, the world."""
 
     world: int
     rank: int
     tensor: int
     tensor_rank: int
+    context: int
+    context_rank: int
     pipeline: int
     pipeline_rank: int
     data: int
@@ -46,6 +48,11 @@ class Ranks:
     def last_stage(self) -> bool:
         """Holds the last pipeline stage (head, loss)."""
         return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def reader(self) -> bool:
+        """The one rank of its replica that reads."""
+        return self.first_stage and self.tensor_rank == 0 and self.context_rank == 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -103,6 +110,8 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         rank=dist.get_rank(),
         tensor=parallel.tensor,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        context=parallel.context,
+        context_rank=parallel_state.get_context_parallel_rank(),
         pipeline=parallel.pipeline,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
@@ -171,14 +180,21 @@ def max_over(values: list[float]) -> list[float]:
 
 
 def data_group() -> dist.ProcessGroup:
-    """Ranks that hold the same part of the model and see different data."""
+    """Ranks that hold the same part of the model and see different rows: one of each replica."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
 
 
+def context_group() -> dist.ProcessGroup:
+    """Ranks that hold the same part of the model and share its rows along their length."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
 def last_stage_rank() -> int:
-    """Global rank of this replica's last pipeline stage, the one that knows the loss."""
+    """Global rank of the last pipeline stage that works with this rank, the one that knows the loss."""
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_last_rank()
@@ -199,7 +215,10 @@ def tensor_group() -> dist.ProcessGroup:
 
 
 def replica_group() -> dist.ProcessGroup:
-    """Ranks that hold one replica of the model (tensor x pipeline); the first has tensor rank 0 of the first stage."""
+    """Ranks that hold one copy of the model (tensor x pipeline); the first has tensor rank 0 of the first stage.
+
+    A replica of `context` > 1 is that many of them.
+    """
     from megatron.core import parallel_state
 
     return parallel_state.get_model_parallel_group()

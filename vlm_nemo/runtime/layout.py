@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from vlm_nemo.runtime.config import ParallelConfig
@@ -32,10 +33,23 @@ def check_layout(
         _check_tensor(parallel, model)
         _check_pipeline(parallel, model)
     _check_world(parallel, world_size, global_packs, micro_packs)
-    if parallel.sequence and capacity is not None and capacity * micro_packs % parallel.tensor:
+    if capacity is not None:
+        _check_row(parallel, capacity, micro_packs)
+
+
+def _check_row(parallel: ParallelConfig, capacity: int, micro_packs: int) -> None:
+    """What is cut along a row's length must come out even."""
+    cut, pieces = [], 1
+    if parallel.context > 1:
+        pieces = 2 * parallel.context
+        cut.append(f"parallel.context={parallel.context} cuts each row into {pieces} chunks")
+    if parallel.sequence:
+        ranks = parallel.tensor * parallel.context
+        pieces = math.lcm(pieces, ranks)
+        cut.append(f"parallel.sequence shards each row over {ranks} ranks")
+    if capacity * micro_packs % pieces:
         raise UserError(
-            f"parallel.sequence shards each row over {parallel.tensor} ranks, which do not divide "
-            f"data.pack.capacity={capacity}; make it a multiple of {parallel.tensor}"
+            f"{' and '.join(cut)}, which do not divide data.pack.capacity={capacity}; make it a multiple of {pieces}"
         )
 
 
@@ -43,11 +57,6 @@ def _check_sizes(parallel: ParallelConfig) -> None:
     for name in ("tensor", "pipeline", "virtual", "context"):
         if (size := getattr(parallel, name)) < 1:
             raise UserError(f"parallel.{name}={size}: the smallest is 1")
-    if parallel.context > 1:
-        raise UserError(
-            f"parallel.context={parallel.context} is not supported by this version; set it to 1 and use "
-            "parallel.tensor or more data-parallel ranks"
-        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1; raise parallel.tensor or set it to false")
     if parallel.virtual > 1 and parallel.pipeline == 1:
@@ -67,6 +76,11 @@ def _check_heads(model: ModelConfig) -> None:
         if size < 1 or whole % size:
             key = f"{of.rsplit('.', 1)[0]}.{name}"
             raise UserError(f"{key}={size} does not divide {of}={whole}; change either number")
+    if language.input_tokens and language.tied_embeddings:
+        raise UserError(
+            f"model.language.input_tokens={language.input_tokens} are rows that the head has not, so that it cannot "
+            "share them: set model.language.tied_embeddings=false or input_tokens=0"
+        )
     if head_dim(language) < 2 or head_dim(language) % 2:
         raise UserError(
             f"a head of the language model is {head_dim(language)} wide and rotary positions turn pairs; make "
@@ -116,6 +130,8 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
         "model.vision.num_heads": model.vision.num_heads,
         "model.vision.ffn_hidden_size": model.vision.ffn_hidden_size,
     }
+    if language.input_tokens:
+        cut["model.language.vocab_size + input_tokens"] = language.vocab_size + language.input_tokens
     # One matrix makes queries, keys and values; its rows are cut evenly even where ranks share a head.
     qkv = (language.num_heads + 2 * kv_heads) * head_dim(language)
 
@@ -152,8 +168,9 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
 def _check_world(parallel: ParallelConfig, world_size: int, global_packs: int | None, micro_packs: int) -> None:
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} takes a multiple of "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} takes a multiple of "
             f"{model_ranks} ranks, and {world_size} {'was' if world_size == 1 else 'were'} started; "
             "change either number"
         )

@@ -49,8 +49,9 @@ class Accounting:
         factor: of the learning rates; seconds: the step's; waited: for its data; stop: this rank was asked to.
         """
         rates = part_rates(self.optim_cfg)
-        # One tensor rank of each stage speaks: the first stage about the data, the last about the loss.
-        tells_data = self.ranks.first_stage and self.ranks.tensor_rank == 0
+        # One tensor rank of each stage speaks: the first stage about the data, once for all context ranks; the last
+        # about the loss, each context rank about its own tokens.
+        tells_data = self.ranks.reader
         tells_loss = self.ranks.last_stage and self.ranks.tensor_rank == 0
         told = [0.0] * 5
         if tells_data:  # the reader: the other ranks of its replica have only parts of its rows

@@ -136,7 +136,8 @@ class Trainer:
         return step
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
-        return model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device())
+        context = (self.ranks.context_rank, self.ranks.context)
+        return model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device(), context=context)
 
     def _next(self) -> StepData:
         """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""

@@ -20,9 +20,10 @@ from vlm_nemo.check.parity import parity
 from vlm_nemo.check.plan import Job, plan
 from vlm_nemo.check.report import Finding
 from vlm_nemo.check.rows import IMAGE, blank_row, blank_sample, full_row
-from vlm_nemo.check.sources import absent, open_sources, template_of
+from vlm_nemo.check.sources import absent, spoken_samples
 from vlm_nemo.config import CheckRoot
 from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.sources import Sources, open_sources, template_of
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.layout import spec_of
@@ -97,7 +98,9 @@ def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
         micro_packs=cfg.data.micro_packs,
         capacity=cfg.data.pack.capacity,
         world=cfg.check.world,
-        batch=model_batch(row, cfg.model, image_token=image_token, device=torch.device("cpu")),
+        batch=lambda parallel: model_batch(
+            row, cfg.model, image_token=image_token, device=torch.device("cpu"), context=(0, parallel.context)
+        ),
     )
     return plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
 
@@ -107,7 +110,7 @@ def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int,
     spec, rows = spec_of(cfg.model), cfg.data.micro_packs
     capacity = cfg.data.pack.capacity * rows
     if there_is_data:
-        sources = open_sources(cfg.data, spec, seed=cfg.seed)
+        sources = _open(cfg)
         planned = (
             sources.planner(cfg.model.language.max_positions).step(max(rows, min(cfg.data.global_packs, TYPICAL))).rows
         )
@@ -131,8 +134,8 @@ def _what(row: PackedBatch) -> str:
 def _leaks(cfg: CheckRoot, small: Subject, there_is_data: bool) -> Finding:
     template = template_of(cfg.data)
     if there_is_data:
-        sources = open_sources(cfg.data, spec_of(cfg.model), seed=cfg.seed)
-        spoken = sources.spoken(min(LABELS, cfg.check.samples))
+        sources = _open(cfg)
+        spoken = spoken_samples(sources, min(LABELS, cfg.check.samples))
         return leaks(small, spoken, sources.encoder.tokenizer, template, "samples of the recipe")
     made = zip(conversations(spec_of(small.model).size), small.samples(), strict=True)
     spoken = [Spoken(one.messages, sample, f"sample {i}") for i, (one, sample) in enumerate(made, 1)]
@@ -140,10 +143,14 @@ def _leaks(cfg: CheckRoot, small: Subject, there_is_data: bool) -> Finding:
 
 
 def _data(cfg: CheckRoot) -> Finding:
-    sources = open_sources(cfg.data, spec_of(cfg.model), seed=cfg.seed)
+    sources = _open(cfg)
     return audit(
         sources,
         samples=cfg.check.samples,
         max_tokens=cfg.model.language.max_positions,
-        replicas=max(1, cfg.check.world // (cfg.parallel.tensor * cfg.parallel.pipeline)),
+        replicas=max(1, cfg.check.world // (cfg.parallel.tensor * cfg.parallel.context * cfg.parallel.pipeline)),
     )
+
+
+def _open(cfg: CheckRoot) -> Sources:
+    return open_sources(cfg.data, spec_of(cfg.model), Tokenizer(cfg.data.tokenizer), seed=cfg.seed)
