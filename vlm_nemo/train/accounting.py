@@ -11,6 +11,7 @@ from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import StepData
 from vlm_nemo.data.sample import Drop
+from vlm_nemo.model.batch import looks_of
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
@@ -61,6 +62,8 @@ class Accounting:
                 lengths=[n for batch in data.batches for n in sample_lengths(batch)],
                 grids=[(rows, columns) for batch in data.batches for rows, columns in batch.images.grids.tolist()],
                 supervised=supervised,
+                views=[count for batch in data.batches for count in batch.images.views.tolist()],
+                looked=[look for batch in data.batches for look in looked(batch, self.model_cfg)],
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
             told = [tokens, samples, supervised, flops.total, len(data.local_drops)]
@@ -105,6 +108,13 @@ class Accounting:
             self.data_cfg.min_samples_before_stop,
             own={name: source.max_bad_fraction for name, source in sources if source.max_bad_fraction is not None},
         )
+
+
+def looked(batch: PackedBatch, cfg: ModelConfig) -> list[tuple[int, int]]:
+    """So many tokens look at so many features, in each layer of the decoder that looks at images."""
+    looks = looks_of(batch.images, batch.cu_seqlens.tolist(), cfg)
+    ranges = () if looks is None else looks.ranges
+    return [(stop - start, sum(last - first for first, last in spans)) for start, stop, spans in ranges]
 
 
 def sample_lengths(batch: PackedBatch) -> list[int]:
