@@ -49,7 +49,7 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
             context=(0, layout.context),
             sharing=(0, image_ranks(layout)),
         ),
-        work=work_of([row]),
+        work=work_of([row], cfg),
     )
 
 

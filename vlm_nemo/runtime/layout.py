@@ -177,6 +177,11 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
 
 
 def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
+    if parallel.virtual > 1 and model.language.cross_attention_layers:
+        raise UserError(
+            f"parallel.virtual={parallel.virtual} sends hidden states of one length only, but with "
+            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
+        )
     layers, chunks = model.language.num_layers, parallel.pipeline * parallel.virtual
     what = f"parallel.pipeline={parallel.pipeline}"
     if parallel.virtual > 1:
