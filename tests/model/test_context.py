@@ -137,5 +137,5 @@ def test_looks_go_with_their_tokens() -> None:
     looks = make_looks([0, 6, 10], [1, 4, 6], [2, 3, 4])
     pieces = [Piece(0, 3, 6), Piece(6, 6, 7)]
     mine = cut_looks(looks, pieces, torch.tensor([3, 4, 5, 6]))
-    assert mine.ranges == ((0, 1, 0, 2), (1, 3, 2, 5), (3, 4, 5, 9))
+    assert mine.ranges == ((0, 1, ((0, 2),)), (1, 3, ((2, 5),)), (3, 4, ((5, 9),)))
     assert mine.seen.flatten().tolist() == [True] * 4
