@@ -63,6 +63,9 @@ def _check_sizes(parallel: ParallelConfig) -> None:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1; raise parallel.tensor or set it to false")
     if parallel.virtual > 1 and parallel.pipeline == 1:
         raise UserError(f"parallel.virtual={parallel.virtual} needs parallel.pipeline > 1; set parallel.virtual=1")
+    for name in ("distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and not getattr(parallel, name):
+            raise UserError(f"parallel.overlap_param_gather=true needs parallel.{name}=true; set that too")
 
 
 def vision_alone(parallel: ParallelConfig) -> bool:
