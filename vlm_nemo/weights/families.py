@@ -103,7 +103,7 @@ FAMILIES: dict[str, Family] = {
         image_processor="LlavaNextImageProcessor",
         prefixes=PREFIXES["llava_next"],
         template="vicuna",
-        layout={"kind": "anyres", "max_unpadded": None},
+        layout={"kind": "anyres", "max_unpadded": None, "tiles_if_alone": False},
         projection={"newline": True},
         projection_free=_MLP_FREE,
         **_CLIP_LIKE,  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ FAMILIES: dict[str, Family] = {
         image_processor="LlavaOnevisionImageProcessor",
         prefixes=PREFIXES["llava_next"],
         template="onevision",
-        layout={"kind": "anyres"},
+        layout={"kind": "anyres", "tiles_if_alone": True},
         projection={"newline": True},
         projection_free=_MLP_FREE,
         **_CLIP_LIKE,  # type: ignore[arg-type]

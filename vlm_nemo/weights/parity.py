@@ -148,7 +148,7 @@ def hf_inputs(
         given["pixel_values"] = tiles
         given["image_sizes"] = torch.tensor([[height, width] for width, height in sizes])
         if cfg.family == "llava_onevision":
-            given["batch_num_images"] = torch.ones(len(counts), dtype=torch.long)
+            given["batch_num_images"] = torch.tensor([len(counts)])
         return given
     if cfg.family == "mllama":
         return given | _tiled(cfg, held, views, sample.tokens, image_id)

@@ -60,19 +60,41 @@ def step_flops(
         upstream = trained["vision"] or (i > 0 and trained["projector"])
         projector += 2 * parameters * rows * (1 + upstream + trained["projector"])
 
-    backward_through = any(trained.values())
-    passes = 1 + backward_through + trained["language"]
-    attending = [i for i in range(lang.num_layers) if i not in lang.cross_attention_layers]
-    language = float(2 * len(attending) * decoder_layer(lang) * sum(lengths) * passes)
-    seen = sum(_seen(lang, i, n) for i in attending for n in lengths)
-    if lang.cross_attention_layers:
-        spec = spec_of(cfg)
-        features = sum(view_tokens(spec, grid) for grid in grids)
-        language += 2 * len(lang.cross_attention_layers) * _looking(lang, looked, features) * passes
-        seen += len(lang.cross_attention_layers) * sum(tokens * those for tokens, those in looked)
-    language += 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
+    features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if lang.cross_attention_layers else 0
+    language = sum(layer_flops(lang, layer, trained, lengths, looked, features) for layer in range(lang.num_layers))
+    passes = 1 + any(trained.values()) + trained["language"]
     head = 2 * lang.hidden_size * lang.vocab_size * supervised * passes
     return Flops(vision=float(vision), projector=float(projector), language=language, head=float(head))
+
+
+def layer_flops(
+    lang: LanguageConfig,
+    layer: int,
+    trained: Mapping[str, bool],
+    lengths: Sequence[int],
+    looked: Sequence[tuple[int, int]] = (),
+    features: int = 0,
+) -> float:
+    """FLOPs of forward and backward of one layer of the decoder, counted from 0; see `step_flops`.
+
+    features: of all images, where the layer is one that looks at them.
+    """
+    backward_through = any(trained.values())
+    if layer in lang.cross_attention_layers:
+        work = _looking(lang, looked, features)
+        seen: float = sum(tokens * those for tokens, those in looked)
+    else:
+        work = decoder_layer(lang) * sum(lengths)
+        seen = sum(_seen(lang, layer, n) for n in lengths)
+    linear = 2 * work * (1 + backward_through + trained["language"])
+    return linear + 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
+
+
+def view_flops(cfg: ModelConfig, grid: Grid) -> float:
+    """FLOPs of forward of one view through tower and projector: their matrices grow with its patches, the tower's
+    attention with their square."""
+    projector = sum(2 * parameters * rows for parameters, rows in _projections(cfg, [grid]))
+    return float(sum(_tower(cfg.vision, [grid], [1])) + projector)
 
 
 def decoder_layer(lang: LanguageConfig) -> int:
