@@ -30,8 +30,6 @@ LAYOUTS: dict[str, tuple[int, Layout]] = {
     "dp4": (4, PLAIN),
     "dp4_distopt": (4, DP_ALL),
     "tp2_pp2": (4, TP2_PP2_SP),
-    "cp2_dp2_distopt": (4, dict(context=2, distributed_optimizer=True)),
-    "cp2_tp2": (4, dict(context=2, tensor=2, sequence=True, distributed_optimizer=False)),
     "pp2_vpp2_dp2": (4, dict(pipeline=2, virtual=2, distributed_optimizer=True)),
     "tp2_pp2_dp2": (8, dict(tensor=2, pipeline=2, distributed_optimizer=True)),
     "tp2_pp2_dp2_whole": (8, dict(tensor=2, pipeline=2, sequence=True, distributed_optimizer=False)),

@@ -43,11 +43,7 @@ class Trained:
         for _ in range(count):
             self.done += 1
             mine = tiny.rows(ROWS, seed=100 * self.done)[self.ranks.data_rank :: self.ranks.data]
-            places = {
-                "context": (self.ranks.context_rank, self.ranks.context),
-                "sharing": self.chunks[0].image_place,
-            }
-            batches = [model_batch(r, self.cfg, image_token=tiny.IMAGE, device=device.device(), **places) for r in mine]
+            batches = [model_batch(r, self.cfg, image_token=tiny.IMAGE, device=device.device()) for r in mine]
             optim.set_rates(self.optimizer, self.optim_cfg, self.done, STEPS)
             result = step.train_step(self.model, self.optimizer, batches, self.optim_cfg.clip_grad)
             speaks = self.ranks.last_stage and self.ranks.tensor_rank == 0
