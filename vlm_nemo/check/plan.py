@@ -186,10 +186,11 @@ def _shared_images(job: Job) -> list[str]:
 
 
 def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:
-    """Bytes of what is trained that a rank of the fullest stage writes: replicas share out what they all hold."""
+    """Bytes of what is trained that a rank of the fullest stage writes: ranks share out what they all hold."""
     element = 2 if job.precision == "bf16" else 4
-    whole = 1 if job.parallel.distributed_optimizer else job.replicas
-    return max(s.trained * element / job.replicas + s.optimizer / whole for s in stages)
+    holders = job.replicas * job.parallel.context
+    whole = 1 if job.parallel.distributed_optimizer else holders
+    return max(s.trained * element / holders + s.optimizer / whole for s in stages)
 
 
 def _with_recompute(job: Job) -> list[StageNeeds] | None:
