@@ -212,6 +212,13 @@ def test_validate_and_cfg_stop_before_the_work(capsys: pytest.CaptureFixture[str
         (dict(context=2), 6, 8, "6 ranks make 3 data-parallel ranks, .* start 4 ranks or"),
         (dict(context=3), 3, 8, "parallel.context=3 cuts each row into 6 chunks, .* make it a multiple of 6$"),
         (dict(sequence=True), 1, 8, "parallel.sequence=true needs parallel.tensor > 1"),
+        (dict(overlap_param_gather=True), 2, 8, "overlap_param_gather=true needs parallel.overlap_grad_reduce=true"),
+        (
+            dict(overlap_param_gather=True, overlap_grad_reduce=True, distributed_optimizer=False),
+            2,
+            8,
+            "overlap_param_gather=true needs parallel.distributed_optimizer=true",
+        ),
         (dict(tensor=0), 1, 8, "parallel.tensor=0: the smallest is 1"),
         (dict(tensor=2), 3, 8, "takes a multiple of 2 ranks, and 3 were started"),
         (dict(tensor=2, pipeline=2), 1, 8, "takes a multiple of 4 ranks, and 1 was started"),

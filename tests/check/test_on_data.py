@@ -29,7 +29,7 @@ from vlm_nemo.types import UserError
 
 
 def config(shards: Path, *words: str) -> Config:
-    asked = translate([*runs.TINY, *runs.data_words(shards), *words], Config, recipes=True, positional=None)
+    asked = translate([*runs.TINY, *runs.data_words(shards), *words], Config, recipes=True, positional=())
     return build(compose("train", Config, asked.overrides, asked.recipe), Config)
 
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
 from vlm_nemo.check.needs import StageNeeds
-from vlm_nemo.check.plan import GIB, Job, needs, plan
+from vlm_nemo.check.plan import GIB, Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.data.layout.images import plan_image
@@ -49,7 +49,7 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
             context=(0, layout.context),
             sharing=(0, image_ranks(layout)),
         ),
-        work=work_of([row]),
+        work=work_of([row], cfg),
     )
 
 
@@ -107,6 +107,16 @@ def test_a_layout_of_many_ranks_shares_out_what_one_rank_holds() -> None:
     assert flops == pytest.approx(alone.forward_flops, rel=0.02)
     # A frozen tower has no backward pass, a trained decoder one of twice the forward
     assert 1.0 < stages[1].backward_flops / stages[1].forward_flops <= 2.1
+
+
+def test_what_a_checkpoint_copies_is_told() -> None:
+    """Weights and moments of what is trained, shared out over the replicas."""
+    made = job(ParallelConfig(), world=2)
+    found = plan(made, memory_gib=80, reserve_gib=6, assumed="")
+    trained = found.data["stages"][0]["trained"]
+    copied = _copied(made, [StageNeeds(**found.data["stages"][0])])
+    assert copied == trained * 12 / 2
+    assert f"copies {copied / GIB:.2f} GiB a rank to the host's memory" in found.notes[-1]
 
 
 def test_half_precision_halves_weights_and_adds_fp32_copies() -> None:

@@ -95,7 +95,7 @@ def test_gemma_3_of_34_layers_on_four_stages() -> None:
 
 def test_costs_are_what_a_step_needs() -> None:
     cfg, row = tiny.tiny_model(window=8, global_every=2), tiny.rows(4)
-    work = work_of(row)
+    work = work_of(row, cfg)
     assert work.lengths[:3] == (12, 19, 8) and len(work.grids) == 4 and work.grids[1] == ()
     for trained in (STAGE1, STAGE2, ALL):
         costs = costs_of(cfg, ParallelConfig(pipeline=2), trained, work)

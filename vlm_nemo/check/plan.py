@@ -159,7 +159,13 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         ok=fits,
         verdict=verdict,
         tables=[table, work],
-        notes=[assumed, *_shared_images(job), f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}"],
+        notes=[
+            assumed,
+            *_shared_images(job),
+            f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}",
+            f"a checkpoint in the background (checkpoint.asynchronous) copies {_copied(job, stages) / GIB:.2f} GiB a "
+            "rank to the host's memory",
+        ],
         figures=[("memory of a rank by stage", _memory(stages, limit))],
         data={
             "stages": [asdict(s) for s in stages],
@@ -177,6 +183,13 @@ def _shared_images(job: Job) -> list[str]:
         return []
     busiest = uneven(job.model, job.work.grids, sharing)
     return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
+
+
+def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:
+    """Bytes of what is trained that a rank of the fullest stage writes: replicas share out what they all hold."""
+    element = 2 if job.precision == "bf16" else 4
+    whole = 1 if job.parallel.distributed_optimizer else job.replicas
+    return max(s.trained * element / job.replicas + s.optimizer / whole for s in stages)
 
 
 def _with_recompute(job: Job) -> list[StageNeeds] | None:

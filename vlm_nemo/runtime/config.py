@@ -28,5 +28,10 @@ class ParallelConfig:
     """Sequence parallelism: shard norms and dropout over the tensor group; needs tensor > 1."""
     distributed_optimizer: bool = True
     """Shard optimizer state and master weights over the data-parallel group (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data ranks in buckets while the backward pass still runs, not after it."""
+    overlap_param_gather: bool = False
+    """Collect updated weights from the data ranks in buckets while the next forward pass runs, not before it; needs
+    distributed_optimizer and overlap_grad_reduce."""
     recompute: str = field(default="none", metadata={"choices": ("none", "full")})
     """full: recompute the activations of every language layer in the backward pass."""

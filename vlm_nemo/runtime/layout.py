@@ -63,6 +63,9 @@ def _check_sizes(parallel: ParallelConfig) -> None:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1; raise parallel.tensor or set it to false")
     if parallel.virtual > 1 and parallel.pipeline == 1:
         raise UserError(f"parallel.virtual={parallel.virtual} needs parallel.pipeline > 1; set parallel.virtual=1")
+    for name in ("distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and not getattr(parallel, name):
+            raise UserError(f"parallel.overlap_param_gather=true needs parallel.{name}=true; set that too")
 
 
 def vision_alone(parallel: ParallelConfig) -> bool:
@@ -177,6 +180,11 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
 
 
 def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
+    if parallel.virtual > 1 and model.language.cross_attention_layers:
+        raise UserError(
+            f"parallel.virtual={parallel.virtual} sends hidden states of one length only, but with "
+            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
+        )
     layers, chunks = model.language.num_layers, parallel.pipeline * parallel.virtual
     what = f"parallel.pipeline={parallel.pipeline}"
     if parallel.virtual > 1:

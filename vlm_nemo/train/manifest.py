@@ -114,13 +114,26 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(files=files, written=about)
 
 
-def damaged(path: Path, files: Iterable[File], *, read: bool = True) -> list[str]:
-    """Names of those that are missing, resized or, if they are to be read, altered."""
+def damaged(
+    path: Path, files: Iterable[File], *, read: bool = True, known: dict[tuple[int, int], str] | None = None
+) -> list[str]:
+    """Names of those that are missing, resized or, if they are to be read, altered.
+
+    known: (device, inode) -> hash of what was read already, filled on the way: files that checkpoints share are read
+    once.
+    """
     bad = []
+    seen = {} if known is None else known
     for entry in files:
         file = path / entry.file
-        if not file.is_file() or file.stat().st_size != entry.bytes or (read and sha256(file) != entry.sha256):
+        if not file.is_file() or (about := file.stat()).st_size != entry.bytes:
             bad.append(entry.file)
+        elif read:
+            which = (about.st_dev, about.st_ino)
+            if which not in seen:
+                seen[which] = sha256(file)
+            if seen[which] != entry.sha256:
+                bad.append(entry.file)
     return bad
 
 

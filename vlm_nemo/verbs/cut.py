@@ -32,7 +32,7 @@ ROWS = 16
 def first_work(cfg: Config, sources: Sources) -> Work:
     """What the first rows of the run's data hold. Raises UserError where nothing can be used."""
     planned = sources.planner(cfg.model.language.max_positions).step(ROWS).rows
-    return work_of([blank_row(sources.encoder, row, cfg.data.pack.capacity) for row in planned])
+    return work_of([blank_row(sources.encoder, row, cfg.data.pack.capacity) for row in planned], cfg.model)
 
 
 def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, list[str]]:
