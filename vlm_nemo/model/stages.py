@@ -78,7 +78,7 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if work.looked else 0
     first = all_parts.vision + all_parts.projector
     sharing = image_ranks(parallel)
-    first *= uneven(cfg, work.grids, sharing) if sharing > 1 else parallel.context
+    first *= uneven(cfg, work.grids, sharing, work.views) if sharing > 1 else parallel.context
     layers = range(cfg.language.num_layers)
     return Costs(
         first=first,

@@ -66,7 +66,7 @@ def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:
         costs = costs_of(cfg.model, parallel, learns(cfg.optim), work)
         lines.append(f"pipeline: {described(costs, parallel.layers, parallel.pipeline)}, by the first {ROWS} rows")
     if (sharing := image_ranks(parallel)) > 1:
-        busiest = uneven(cfg.model, work.grids, sharing)
+        busiest = uneven(cfg.model, work.grids, sharing, work.views)
         lines.append(
             f"vision: {sharing} ranks share out the images of a row, the busiest does {busiest:.2f} x the mean, by the "
             f"first {ROWS} rows"
