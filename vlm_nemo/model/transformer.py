@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
+from vlm_nemo.model.mlp import GatedMLP
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
@@ -137,7 +138,7 @@ def block_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_spec()),
+            mlp=ModuleSpec(module=GatedMLP, submodules=mlp_spec()),
             mlp_bda=get_bias_dropout_add,
         ),
     )
