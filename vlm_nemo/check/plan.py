@@ -181,7 +181,7 @@ def _shared_images(job: Job) -> list[str]:
     """How evenly a row's images are shared out over tensor and context ranks, where they are."""
     if (sharing := image_ranks(job.parallel)) == 1:
         return []
-    busiest = uneven(job.model, job.work.grids, sharing)
+    busiest = uneven(job.model, job.work.grids, sharing, job.work.views)
     return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
 
 
