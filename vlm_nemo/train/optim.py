@@ -140,6 +140,16 @@ def update(optimizer: MegatronOptimizer, norm: float, clip: float) -> bool:
     return True
 
 
+def complete_weights(model: Sequence[DistributedDataParallel]) -> None:
+    """Bring all of this rank's weights up to the last update; collective. Where parameters are gathered during the next
+    forward pass, each data rank has until then updated its own share alone."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.param_gather_dispatched = False  # the forward pass gathers as it is used to
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSlice:
     """What this process's optimizer holds of one parameter: elements [start, stop) of it, flattened.

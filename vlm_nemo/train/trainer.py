@@ -28,7 +28,7 @@ from vlm_nemo.runtime.signals import StopRequest
 from vlm_nemo.train.accounting import Accounting
 from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import MetricsWriter
-from vlm_nemo.train.optim import set_rates
+from vlm_nemo.train.optim import complete_weights, set_rates
 from vlm_nemo.train.saver import Saver
 from vlm_nemo.train.step import train_step
 from vlm_nemo.types import PackedBatch, UserError
@@ -169,6 +169,7 @@ class Trainer:
             self._write_ledger(ledger)
             self._write_progress(step)
 
+        complete_weights(self.model)
         self.saver.save(step, state, wait=last, after=after)
         if self.metrics is not None:
             self.metrics.plot()
