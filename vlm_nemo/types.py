@@ -100,6 +100,12 @@ class PackedBatch:
     """Tokens that are not padding."""
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample, padding left out."""
+        bounds = [c for c in self.cu_seqlens.tolist() if c <= self.used_tokens]
+        return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+
+    @property
     def supervised(self) -> int:
         """Number of labels that take part in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())

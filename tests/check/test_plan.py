@@ -18,8 +18,10 @@ from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.step import run_schedule
@@ -40,8 +42,14 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
         capacity=capacity,
         world=world,
         batch=lambda layout: model_batch(
-            row, cfg, image_token=IMAGE, device=torch.device("cpu"), context=(0, layout.context)
+            row,
+            cfg,
+            image_token=IMAGE,
+            device=torch.device("cpu"),
+            context=(0, layout.context),
+            sharing=(0, image_ranks(layout)),
         ),
+        work=work_of([row], cfg),
     )
 
 

@@ -62,7 +62,7 @@ class Trained:
         )
 
     def save(self, saver: Saver, **more: Any) -> Path:
-        optim.complete_weights(self.model)
+        optim.settle(self.model)
         return saver.save(self.done, {"updates": self.done}, **more)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_nemo.check.meter import Meter
 from vlm_nemo.check.world import pretend, shapes_only
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.boxes import is_shared
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
@@ -75,7 +76,8 @@ def stage_needs(
         kinds = range(parallel.virtual) if parallel.virtual > 1 else [None]
         chunks = [VLM(cfg, parallel, device.PRECISIONS[precision], vp_stage=kind) for kind in kinds]
         optim.freeze(chunks, optim.part_rates(optimizer))
-        model = optim.wrap(chunks, parallel)
+        # What overlaps needs no more memory, and cannot end where nothing finishes the step
+        model = optim.wrap(chunks, replace(parallel, overlap_grad_reduce=False, overlap_param_gather=False))
         for chunk in model:  # what finishes a step's gradients sums over the data group: counted below
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
         parameters: dict[str, int] = {}
@@ -100,10 +102,14 @@ def stage_needs(
         holders = ranks.data * ranks.context  # of the same parameters, each with gradients of other tokens
         share = holders if parallel.distributed_optimizer else 1
         state = trained * (ADAM + (MASTER if precision == "bf16" else 0)) // share
+        shared = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_shared(p))
     total = both.get_total_flops() / len(batches)
     first = forward.get_total_flops() / len(batches)
     scale = micro / len(batches)
     data_sent = 0 if holders == 1 else gradients + (trained * (2 if precision == "bf16" else 4) // share)
+    sent = {name: round(size * scale) for name, size in meter.sent.items()}
+    if shared:  # their fp32 gradients are averaged over the tensor group, where a step's gradients are finished
+        sent["allreduce"] = sent.get("allreduce", 0) + 4 * shared
     return StageNeeds(
         stage=stage,
         parameters=parameters,
@@ -114,7 +120,7 @@ def stage_needs(
         activations=meter.peak - weights - gradients,
         forward_flops=first,
         backward_flops=total - first,
-        sent={name: round(size * scale) for name, size in meter.sent.items()},
+        sent=sent,
         data_sent=data_sent,
     )
 

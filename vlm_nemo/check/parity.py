@@ -27,6 +27,7 @@ GRADIENT = 1e-4
 TIMEOUT = 600.0
 """Seconds that all cases of one number of processes may take."""
 
+OVERLAPPED: dict[str, Any] = dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "packed": (1, "packed", {}),
     "packed, two rows at once": (1, "double", {}),
@@ -36,10 +37,13 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor 2, sequence, recompute": (2, "packed", dict(tensor=2, sequence=True, recompute="full")),
     "pipeline 2": (2, "packed", dict(pipeline=2)),
     "pipeline 2, virtual 2": (2, "packed", dict(pipeline=2, virtual=2)),
+    "tensor 2, images shared out": (2, "packed", dict(tensor=2, vision=1, sequence=True)),
+    "pipeline 2, layers 1 and 3": (2, "packed", dict(pipeline=2, layers=[1, 3])),
     "data 2": (2, "packed", {}),
     "data 2, distributed optimizer": (2, "packed", dict(distributed_optimizer=True)),
     "context 2": (2, "packed", dict(context=2)),
     "context 2, recompute": (2, "packed", dict(context=2, recompute="full")),
+    "data 2, overlapped": (2, "packed", OVERLAPPED),
     "tensor 4, sequence": (4, "packed", dict(tensor=4, sequence=True)),
     "pipeline 4": (4, "packed", dict(pipeline=4)),
     "tensor 2, pipeline 2, sequence": (4, "packed", dict(tensor=2, pipeline=2, sequence=True)),
@@ -53,10 +57,21 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "context 2, pipeline 2, virtual 2": (4, "packed", dict(context=2, pipeline=2, virtual=2)),
     "context 2, data 2, distributed optimizer": (4, "packed", dict(context=2, distributed_optimizer=True)),
     "pipeline 2, data 2, distributed optimizer": (4, "packed", dict(pipeline=2, distributed_optimizer=True)),
+    "pipeline 2, data 2, overlapped": (4, "packed", dict(pipeline=2, **OVERLAPPED)),
 }
 """Name -> processes, rows, and what differs from one process. All are tried that the twin's sizes allow."""
 PLAIN: dict[str, Any] = dict(
-    tensor=1, pipeline=1, virtual=1, context=1, sequence=False, distributed_optimizer=False, recompute="none"
+    tensor=1,
+    vision=None,
+    pipeline=1,
+    virtual=1,
+    layers=[],
+    context=1,
+    sequence=False,
+    distributed_optimizer=False,
+    overlap_grad_reduce=False,
+    overlap_param_gather=False,
+    recompute="none",
 )
 
 

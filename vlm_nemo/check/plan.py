@@ -8,17 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_nemo.check.advice import Knob, first_that_fits
+from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
 from vlm_nemo.check.timeline import Timeline, one_f_one_b
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.share import uneven
+from vlm_nemo.model.stages import Work, chunk_layers, costs_of, resolved
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import check_layout
+from vlm_nemo.runtime.layout import check_layout, image_ranks
 from vlm_nemo.train.config import OptimConfig
+from vlm_nemo.train.optim import learns
 
 GIB = 2**30
+SYSTEM = "CUDA, NCCL and the allocator"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class Job:
     world: int
     batch: Callable[[ParallelConfig], ModelBatch]
     """A typical micro-batch, as the first context rank of a layout gets it."""
+    work: Work
+    """Rows by which pipeline stages are balanced."""
 
     @property
     def replicas(self) -> int:
@@ -56,11 +62,12 @@ def needs(job: Job) -> list[StageNeeds]:
         micro_packs=job.micro_packs,
         capacity=job.capacity,
     )
-    batch = job.batch(job.parallel)
+    parallel = as_trained(job)
+    batch = job.batch(parallel)
     return [
         stage_needs(
             job.model,
-            job.parallel,
+            parallel,
             job.precision,
             job.optim,
             lambda change: changed(batch, change),
@@ -70,6 +77,11 @@ def needs(job: Job) -> list[StageNeeds]:
         )
         for stage in range(job.parallel.pipeline)
     ]
+
+
+def as_trained(job: Job) -> ParallelConfig:
+    """The layout with its stages balanced, as training does it."""
+    return resolved(job.model, job.parallel, learns(job.optim), job.work)
 
 
 def changed(batch: ModelBatch, change: Callable[[Tensor], Tensor]) -> ModelBatch:
@@ -94,6 +106,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     limit = round((memory_gib - reserve_gib) * GIB)
     stages = needs(job)
     line = timeline(stages, job.micro)
+    layers = chunk_layers(job.model.language.num_layers, as_trained(job))
     worst = max(stages, key=lambda s: s.peak)
     fits = worst.peak <= limit
     recomputed: list[StageNeeds] | list[None] = _with_recompute(job) or [None] * len(stages)
@@ -114,7 +127,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     work = Table(
         title="a step of one replica",
         columns=(
-            *("stage", "parts", "TFLOP", "share", "tensor group MB"),
+            *("stage", "parts", "layers", "TFLOP", "share", "tensor group MB"),
             *(("context group MB",) if job.parallel.context > 1 else ()),
             *("to stages MB", "data group MB"),
         ),
@@ -122,6 +135,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
             (
                 str(s.stage),
                 " ".join(s.parameters),
+                "+".join(str(count) for count in layers[s.stage :: job.parallel.pipeline]),
                 f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
                 f"{_tensor_bytes(s) / 1e6:,.0f}",
@@ -136,7 +150,8 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     verdict = where
     if job.parallel.pipeline > 1:
         verdict += f"; the pipeline waits {line.bubble:.1%} of its time, its busiest stage does {line.balance:.2f} x"
-        verdict += " the mean"
+        costs = costs_of(job.model, job.parallel, learns(job.optim), job.work)
+        verdict += f" the mean ({better_cut(costs, as_trained(job))})"
     if not fits:
         verdict = f"{where}; {_help(job, limit)}"
     return Finding(
@@ -146,13 +161,28 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         tables=[table, work],
         notes=[
             assumed,
-            f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to CUDA, NCCL and the allocator",
+            *_shared_images(job),
+            f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}",
             f"a checkpoint in the background (checkpoint.asynchronous) copies {_copied(job, stages) / GIB:.2f} GiB a "
             "rank to the host's memory",
         ],
         figures=[("memory of a rank by stage", _memory(stages, limit))],
-        data={"stages": [asdict(s) for s in stages], "bubble": line.bubble, "balance": line.balance, "limit": limit},
+        data={
+            "stages": [asdict(s) for s in stages],
+            "layers": layers,
+            "bubble": line.bubble,
+            "balance": line.balance,
+            "limit": limit,
+        },
     )
+
+
+def _shared_images(job: Job) -> list[str]:
+    """How evenly a row's images are shared out over tensor and context ranks, where they are."""
+    if (sharing := image_ranks(job.parallel)) == 1:
+        return []
+    busiest = uneven(job.model, job.work.grids, sharing)
+    return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
 
 
 def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:

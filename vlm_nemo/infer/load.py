@@ -108,7 +108,8 @@ def inference_layout(parallel: ParallelConfig) -> ParallelConfig:
 
     Context ranks, which share a row, become replicas, which share the prompts.
     """
-    return replace(parallel, virtual=1, context=1, sequence=False, recompute="none", distributed_optimizer=False)
+    alone = replace(parallel, virtual=1, layers=[], context=1)
+    return replace(alone, sequence=False, recompute="none", distributed_optimizer=False)
 
 
 def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:

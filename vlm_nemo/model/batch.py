@@ -15,7 +15,8 @@ from vlm_nemo.model.head import targets_of
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.looks import Looks, make_looks
 from vlm_nemo.model.segments import Segments, make_segments
-from vlm_nemo.model.views import VisionBatch, blank_batch, vision_batch
+from vlm_nemo.model.share import Place, Share, share_views
+from vlm_nemo.model.views import VisionBatch, blank_batch, blank_view, vision_batch
 from vlm_nemo.types import Images, PackedBatch
 
 
@@ -43,6 +44,8 @@ class ModelBatch:
     """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there; [M, 4] with shares"""
     image_shares: Tensor | None = None
     """[M, 4] float32: how much of each of four rows; None = all of one"""
+    share: Share | None = None
+    """Where views are this rank's share of the row's: where everyone's embeddings go."""
 
 
 def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, image_token: int) -> int:
@@ -108,26 +111,42 @@ def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Loo
     return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist(), features_of(images, cfg))
 
 
-Place = tuple[int, int]
-"""A rank of a group, and how many it has."""
+def looked(row: PackedBatch, cfg: ModelConfig) -> list[tuple[int, int]]:
+    """So many tokens look at so many features, in each layer of the decoder that looks at images."""
+    looks = looks_of(row.images, row.cu_seqlens.tolist(), cfg)
+    ranges = () if looks is None else looks.ranges
+    return [(stop - start, sum(last - first for first, last in spans)) for start, stop, spans in ranges]
 
 
 def model_batch(
-    row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device, context: Place = (0, 1)
+    row: PackedBatch,
+    cfg: ModelConfig,
+    *,
+    image_token: int,
+    device: torch.device,
+    context: Place = (0, 1),
+    sharing: Place = (0, 1),
 ) -> ModelBatch:
     """Check a row and move it; of several context ranks', the part that this one takes (context.py).
 
+    sharing: `VLM.image_place`, by which this rank embeds some of the row's views (share.py); without it every rank
+    embeds all of them, which gives the same and takes longer.
     Raises ValueError as `count_embeddings` does.
     """
-    images = row.images
+    images, share = row.images, None
     embeddings = 0
     if len(images.patches):
         embeddings = count_embeddings(images, row.tokens, cfg, image_token)
-        views = vision_batch(images.patches, images.grids, cfg.vision, images.tilings)
+        if sharing[1] > 1:
+            views, share = share_views(images.patches, images.grids, cfg, sharing, images.tilings)
+        else:
+            views = vision_batch(images.patches, images.grids, cfg.vision, images.tilings)
     else:  # none, or on a later pipeline stage, which gets no pixels
         if (row.tokens == image_token).any():
             raise ValueError("the row has image placeholders and no images")
         views = blank_batch(cfg.vision, spec_of(cfg).factor)
+        if sharing[1] > 1:  # what each rank gives has weight zero; those of the first are as good as any
+            share = share_views(*blank_view(cfg.vision, spec_of(cfg).factor), cfg, sharing, torch.tensor([[1, 1]]))[1]
     whole = cfg.language.image_attention == "bidirectional"
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
     segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
@@ -159,6 +178,7 @@ def model_batch(
         image_slots=move(slots),
         image_sources=move(sources),
         image_shares=None if shares is None else move(shares),
+        share=None if share is None else share.moved(move),
     )
 
 

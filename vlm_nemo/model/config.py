@@ -175,7 +175,7 @@ class LanguageConfig:
     hidden_size: int = 4096
     """Width of the decoder."""
     num_layers: int = 32
-    """Layers of the decoder; divisible by parallel.pipeline x parallel.virtual."""
+    """Layers of the decoder; at least parallel.pipeline x parallel.virtual."""
     num_heads: int = 32
     """Query heads; divisible by parallel.tensor."""
     num_kv_heads: int = 32

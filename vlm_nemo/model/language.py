@@ -24,6 +24,7 @@ from vlm_nemo.model.cross_attention import looking_layer
 from vlm_nemo.model.head import Head, Targets
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.rope import Rotary
+from vlm_nemo.model.stages import chunk_layers, layout
 from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
 from vlm_nemo.runtime.config import ParallelConfig
 
@@ -105,12 +106,14 @@ def language_config(
     cfg: LanguageConfig, parallel: ParallelConfig, dtype: torch.dtype, extra: Mapping[str, Any]
 ) -> TransformerConfig:
     """megatron's config of the decoder."""
+    cut = layout(chunk_layers(cfg.num_layers, parallel)) if parallel.pipeline > 1 else None
     return transformer_config(
         parallel,
         dtype,
         pipelined=True,
         extra=extra,
         num_layers=cfg.num_layers,
+        pipeline_model_parallel_layout=cut,
         hidden_size=cfg.hidden_size,
         num_attention_heads=cfg.num_heads,
         num_query_groups=cfg.num_kv_heads,

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
 from vlm_nemo.model.norm import Norm
-from vlm_nemo.runtime import device
+from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -150,6 +150,8 @@ def mlp_spec() -> MLPSubmodules:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum over the tensor group of what each rank has, where each goes on with its own use of it: every rank's use
-    then sends gradient to every rank's part."""
-    return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(x.contiguous()))
+    """The sum over the tower's tensor group of what each rank has, where each goes on with its own use of it: every
+    rank's use then sends gradient to every rank's part."""
+    group = groups.vision_group()
+    summed = reduce_from_tensor_model_parallel_region(x.contiguous(), group)
+    return copy_to_tensor_model_parallel_region(summed, group)

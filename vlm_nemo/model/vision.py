@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from vlm_nemo.model.tiles import TileRows, Tiling
 from vlm_nemo.model.transformer import ACTIVATIONS, transformer_config
 from vlm_nemo.model.views import VisionBatch, runs, window_patches
 from vlm_nemo.model.vision_layer import tower_spec
+from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -37,7 +39,7 @@ def layers_used(cfg: VisionConfig) -> int:
 
 
 class VisionTower(MegatronModule):
-    """Views of P patches -> [N, D]. Tensor parallel like the language model; never split over pipeline stages."""
+    """Views of P patches -> [N, D]. Split over `groups.vision_group()`; never over pipeline stages."""
 
     def __init__(self, cfg: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
         check(cfg, parallel)
@@ -77,14 +79,16 @@ class VisionTower(MegatronModule):
         places = (cfg.image_size // cfg.patch_size) ** 2 + int(cfg.class_token)
         self.position = parameter(places, width) if cfg.position == "learned" else None
         self.pre_norm = Norm(config, width, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
-        self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False)
+        pgs = ProcessGroupCollection.use_mpu_process_groups()
+        pgs.tp = groups.vision_group()
+        self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False, pg_collection=pgs)
         self.post_norm = Norm(config, width, cfg.norm_eps) if cfg.post_norm else nn.Identity()
         self.tiling = Tiling(cfg, config, places) if cfg.tiles is not None else None
         self.global_blocks = None
         if cfg.global_layers:
             further = transformer_config(parallel, dtype, pipelined=False, num_layers=cfg.global_layers, **sizes)
             spec = tower_spec(cfg, cfg.global_layers, gated=True)
-            self.global_blocks = TransformerBlock(further, spec, post_layer_norm=False)
+            self.global_blocks = TransformerBlock(further, spec, post_layer_norm=False, pg_collection=pgs)
         self.register_buffer("mean", torch.tensor(cfg.mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std) * 255, persistent=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -25,6 +25,7 @@ from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.segments import Segments
 from vlm_nemo.model.tiles import TileAttention, TileRows
 from vlm_nemo.model.transformer import mlp_spec, sum_over_ranks
+from vlm_nemo.runtime import groups
 
 
 def tower_spec(cfg: VisionConfig, num_layers: int, *, gated: bool = False) -> TransformerBlockSubmodules:
@@ -143,5 +144,5 @@ class WideNorm(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """The weight is split over the tensor group, as the heads are."""
-        offset = parallel_state.get_tensor_model_parallel_rank() * len(self.weight)
+        offset = dist.get_rank(groups.vision_group()) * len(self.weight)
         return {f"{prefix}weight": split_rows(f"{prefix}weight", self.weight, offset, self.width)}

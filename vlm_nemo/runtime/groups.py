@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import vision_alone
 from vlm_nemo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
     """Build megatron's groups over an initialised torch.distributed, replacing an earlier layout."""
     from megatron.core import parallel_state
 
+    global _alone
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -104,6 +106,9 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
     )
+    _alone = None
+    if vision_alone(parallel):
+        _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     device.seed_everything(seed)
     return Ranks(
         world=dist.get_world_size(),
@@ -123,11 +128,11 @@ def stop() -> None:
     """Leave the job."""
     from megatron.core import parallel_state
 
-    global _store
+    global _alone, _store
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
+    _alone = _store = None
 
 
 def board() -> dist.Store:
@@ -161,6 +166,8 @@ def wait_for_all(failed: bool = False) -> None:
 
 _store: dist.Store | None = None
 """Of the job that `start` joined."""
+_alone: dist.ProcessGroup | None = None
+"""This rank, where the vision tower is whole on every rank."""
 _waits = itertools.count()
 """Every rank waits as often as every other."""
 
@@ -207,11 +214,28 @@ def pipeline_group() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
+def everyone() -> dist.ProcessGroup:
+    """All ranks of the job."""
+    return dist.group.WORLD
+
+
 def tensor_group() -> dist.ProcessGroup:
     """Ranks that share every layer of this stage; the first of them has tensor rank 0."""
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def vision_group() -> dist.ProcessGroup:
+    """Ranks that share every layer of the vision tower and projector: the tensor group, or this rank alone."""
+    return tensor_group() if _alone is None else _alone
+
+
+def image_group() -> dist.ProcessGroup:
+    """Ranks that see the same row (tensor x context): they share out its images where each holds the whole tower."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_and_context_parallel_group()
 
 
 def replica_group() -> dist.ProcessGroup:

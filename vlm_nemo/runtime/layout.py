@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlm_nemo.runtime.config import ParallelConfig
@@ -27,6 +28,7 @@ def check_layout(
     global_packs, micro_packs, capacity: of the data, for training; None where no packs are read.
     """
     _check_sizes(parallel)
+    _check_vision(parallel)
     if model is not None:
         _check_heads(model)
         _check_positions(model.language)
@@ -61,6 +63,32 @@ def _check_sizes(parallel: ParallelConfig) -> None:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1; raise parallel.tensor or set it to false")
     if parallel.virtual > 1 and parallel.pipeline == 1:
         raise UserError(f"parallel.virtual={parallel.virtual} needs parallel.pipeline > 1; set parallel.virtual=1")
+    for name in ("distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and not getattr(parallel, name):
+            raise UserError(f"parallel.overlap_param_gather=true needs parallel.{name}=true; set that too")
+
+
+def vision_alone(parallel: ParallelConfig) -> bool:
+    """Whether each of several tensor ranks holds the vision tower whole, and takes some of a row's images."""
+    return parallel.vision is not None and parallel.vision != parallel.tensor
+
+
+def image_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that share out a row's images: tensor x context, where each of them holds the whole tower."""
+    return parallel.tensor * parallel.context if vision_layout(parallel).tensor == 1 else 1
+
+
+def vision_layout(parallel: ParallelConfig) -> ParallelConfig:
+    """The layout as the vision tower and the projector see it: with their own tensor size."""
+    return replace(parallel, tensor=parallel.tensor if parallel.vision is None else parallel.vision)
+
+
+def _check_vision(parallel: ParallelConfig) -> None:
+    if parallel.vision not in (None, 1, parallel.tensor):
+        raise UserError(
+            f"parallel.vision={parallel.vision}: the vision tower is split as the decoder is (null, or "
+            f"parallel.tensor={parallel.tensor}) or whole on every rank (1)"
+        )
 
 
 def _check_heads(model: ModelConfig) -> None:
@@ -127,9 +155,10 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
         "model.language.num_heads": language.num_heads,
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
         "model.language.vocab_size": language.vocab_size,
-        "model.vision.num_heads": model.vision.num_heads,
-        "model.vision.ffn_hidden_size": model.vision.ffn_hidden_size,
     }
+    if not vision_alone(parallel):
+        cut["model.vision.num_heads"] = model.vision.num_heads
+        cut["model.vision.ffn_hidden_size"] = model.vision.ffn_hidden_size
     if language.input_tokens:
         cut["model.language.vocab_size + input_tokens"] = language.vocab_size + language.input_tokens
     # One matrix makes queries, keys and values; its rows are cut evenly even where ranks share a head.
@@ -144,12 +173,18 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
     if wrong:
         most = min(cut.values())
         fits = [str(n) for n in range(1, most + 1) if shared(n) and all(s % n == 0 for s in cut.values())]
+        whole = ", or parallel.vision=1" if all("model.vision." in reason for reason in wrong) else ""
         raise UserError(
-            f"parallel.tensor={parallel.tensor} {wrong[0]}; this model takes parallel.tensor={' or '.join(fits)}"
+            f"parallel.tensor={parallel.tensor} {wrong[0]}; this model takes parallel.tensor={' or '.join(fits)}{whole}"
         )
 
 
 def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
+    if parallel.virtual > 1 and model.language.cross_attention_layers:
+        raise UserError(
+            f"parallel.virtual={parallel.virtual} sends hidden states of one length only, but with "
+            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
+        )
     layers, chunks = model.language.num_layers, parallel.pipeline * parallel.virtual
     what = f"parallel.pipeline={parallel.pipeline}"
     if parallel.virtual > 1:
@@ -158,10 +193,11 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
         raise UserError(
             f"{what} is deeper than model.language.num_layers={layers}; lower it to {layers} chunks or fewer"
         )
-    if layers % chunks:
-        fits = [str(n) for n in range(1, layers + 1) if layers % n == 0]
+    given = parallel.layers
+    if given and (len(given) != chunks or sum(given) != layers or min(given) < 1):
         raise UserError(
-            f"{what} does not divide model.language.num_layers={layers}; cut it into {' or '.join(fits)} chunks"
+            f"parallel.layers={list(given)} must be {chunks} numbers ({what}), at least 1 each, that sum to "
+            f"model.language.num_layers={layers}; or [], which balances them"
         )
 
 

@@ -28,7 +28,7 @@ from vlm_nemo.runtime.signals import StopRequest
 from vlm_nemo.train.accounting import Accounting
 from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import MetricsWriter
-from vlm_nemo.train.optim import complete_weights, set_rates
+from vlm_nemo.train.optim import set_rates, settle
 from vlm_nemo.train.saver import Saver
 from vlm_nemo.train.step import train_step
 from vlm_nemo.types import PackedBatch, UserError
@@ -137,7 +137,14 @@ class Trainer:
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
         context = (self.ranks.context_rank, self.ranks.context)
-        return model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device(), context=context)
+        return model_batch(
+            row,
+            self.model_cfg,
+            image_token=self.image_token,
+            device=device.device(),
+            context=context,
+            sharing=self.chunks[0].image_place,
+        )
 
     def _next(self) -> StepData:
         """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""
@@ -162,6 +169,7 @@ class Trainer:
     def _save(self, step: int, loader_state: dict[str, Any], last: bool = False) -> None:
         # Seen is what the order gave out, less what still waits for its row
         self.ledger.assert_whole(loader_state["position"] - len(loader_state["pool"]))
+        settle(self.model)
         state = {"loader": loader_state, "ledger": self.ledger.to_json(), "updates": self.updates}
         ledger = self._ledger_text()
 
@@ -169,7 +177,6 @@ class Trainer:
             self._write_ledger(ledger)
             self._write_progress(step)
 
-        complete_weights(self.model)
         self.saver.save(step, state, wait=last, after=after)
         if self.metrics is not None:
             self.metrics.plot()

@@ -27,9 +27,12 @@ from vlm_nemo.data.sources import Sources, open_sources, template_of
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.stages import Work, work_of
 from vlm_nemo.model.twin import twin
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.types import PackedBatch, UserError
 from vlm_nemo.verbs.common import set_up_logging
+from vlm_nemo.verbs.cut import first_work
 
 LABELS = 500
 """Samples whose labels are derived once more."""
@@ -88,7 +91,7 @@ def _parts(cfg: CheckRoot, folder: Path) -> dict[str, Callable[[], Finding]]:
 
 
 def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
-    row, image_token, assumed = _typical_row(cfg, there_is_data)
+    row, image_token, assumed, work = _typical_row(cfg, there_is_data)
     job = Job(
         model=cfg.model,
         parallel=cfg.parallel,
@@ -99,14 +102,20 @@ def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
         capacity=cfg.data.pack.capacity,
         world=cfg.check.world,
         batch=lambda parallel: model_batch(
-            row, cfg.model, image_token=image_token, device=torch.device("cpu"), context=(0, parallel.context)
+            row,
+            cfg.model,
+            image_token=image_token,
+            device=torch.device("cpu"),
+            context=(0, parallel.context),
+            sharing=(0, image_ranks(parallel)),
         ),
+        work=work,
     )
     return plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
 
 
-def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int, str]:
-    """A micro-batch, the id of its placeholders, and what it is."""
+def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int, str, Work]:
+    """A micro-batch, the id of its placeholders, what it is, and the rows by which stages are balanced."""
     spec, rows = spec_of(cfg.model), cfg.data.micro_packs
     capacity = cfg.data.pack.capacity * rows
     if there_is_data:
@@ -119,12 +128,13 @@ def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int,
         samples = [sample for row in planned[middle : middle + rows] for sample in row]
         row = blank_row(sources.encoder, samples, capacity)
         what = f"a micro-batch of the data's first {len(planned)} rows, the middle one by vision work: "
-        return row, sources.encoder.tokenizer.image_id, what + _what(row)
+        work = first_work(cfg, sources) if cfg.parallel.pipeline > 1 else work_of([row], cfg.model)
+        return row, sources.encoder.tokenizer.image_id, what + _what(row), work
     width, height = cfg.check.image
     sample = blank_sample(spec, [plan_image(spec, (width, height))], cfg.check.text)
     row = full_row(spec, sample, capacity)
     what = f"no data to look at, so every sample has an image of {width} x {height} and {cfg.check.text} tokens of text"
-    return row, IMAGE, f"{what}: {_what(row)}"
+    return row, IMAGE, f"{what}: {_what(row)}", work_of([row], cfg.model)
 
 
 def _what(row: PackedBatch) -> str:

@@ -35,6 +35,7 @@ from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
+from vlm_nemo.verbs.cut import cut
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,6 @@ def train(cfg: Config) -> None:
 def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -> None:
     began = time.perf_counter()
     run_dir = Path(cfg.run_dir)
-    told = redact(asdict(cfg))  # what is written down or sent away; the run itself needs nothing of it
-    config_text = yaml.safe_dump(told, sort_keys=False)
 
     # 1. What there is to start from and to read, checked before anything is built
     tokenizer = Tokenizer(cfg.data.tokenizer)
@@ -93,6 +92,10 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         ranks,
     )
     opened.callback(loader.close)
+    parallel, stages = cut(cfg, ranks, saved.path if saved else None)
+    cfg = replace(cfg, parallel=parallel)
+    told = redact(asdict(cfg))  # what is written down or sent away; the run itself needs nothing of it
+    config_text = yaml.safe_dump(told, sort_keys=False)
     if ranks.main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_text)
@@ -147,6 +150,8 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
             metrics.say(line)
             if warning:
                 log.warning(warning)
+        for line in stages:
+            metrics.say(line)
     ledger = Ledger.from_json(saved.state["ledger"]) if saved else Ledger()
     ledger.quiet = not ranks.main  # all ranks keep the same ledger; one names the samples
     trainer = Trainer(
