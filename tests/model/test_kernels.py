@@ -34,9 +34,9 @@ Install = Callable[..., None]
 FLASH = """
 import torch
 calls = []
-def flash_attn_varlen_func(q, k, v, bounds, same, longest, too, softmax_scale=None, causal=False, window_size=(-1, -1)):
-    assert bounds is same and longest == too
-    calls.append((tuple(k.shape), bounds.tolist(), longest, softmax_scale, causal, window_size))
+def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    assert cu_q.tolist() == cu_k.tolist() and max_q == max_k
+    calls.append((tuple(k.shape), cu_q.tolist(), max_q, softmax_scale, causal, window_size))
     return torch.zeros_like(q)
 """
 APEX = """

@@ -97,7 +97,7 @@ class TorchBackend:
         lengths = [(row.slot, row.start, len(row.tokens)) for row in rows]
         bounds = [0, *accumulate(len(ids) for ids in tokens)]
         segments = cached_step(self._cache, lengths, where, blocks=blocks, looks=looks_of(joined, bounds, cfg))
-        views = vision_batch(joined.patches, joined.grids, cfg.vision) if joined.count else None
+        views = vision_batch(joined.patches, joined.grids, cfg.vision, joined.tilings) if joined.count else None
         unused = torch.zeros(0, device=where)
         return ModelBatch(
             tokens=torch.cat(tokens).to(where).unsqueeze(0),

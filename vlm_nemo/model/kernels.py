@@ -90,21 +90,21 @@ def flash_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds: Tensor,
-    longest: int,
+    ends: tuple[Tensor, Tensor, int, int],
     *,
     causal: bool,
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """q: [T, heads, d], k and v: [T, kv_heads, d] -> [T, heads, d]; bounds: [segments + 1] int32, of tokens.
+    """q: [T, heads, d], k and v: [K, kv_heads, d] -> [T, heads, d].
 
-    window: tokens that a query sees, itself included; None = all.
+    ends: [segments + 1] int32 of queries, of keys, and the longest segment of each; causal is counted from a segment's
+    end. window: tokens that a query sees, itself included; None = all.
     """
     options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
     if window is not None:
         options["window_size"] = (window - 1, 0)
-    out = kernel(q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, **options)
+    out = kernel(q.contiguous(), k.contiguous(), v.contiguous(), *ends, **options)
     return out[0] if isinstance(out, tuple) else out  # the first versions of 3 gave the log-sums too
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -24,6 +25,7 @@ from vlm_nemo.model.head import Head, Targets
 from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.rope import Rotary
+from vlm_nemo.model.stages import chunk_layers, layout
 from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
 from vlm_nemo.runtime.config import ParallelConfig
 
@@ -53,7 +55,7 @@ class DecoderLayer(TransformerLayer):
             packed_seq_params=given["packed_seq_params"],
         )
         assert bias is None, "a bias would have to be normed too"
-        return hidden_states + self.post_attention_layernorm(out), None
+        return hidden_states + self.post_attention_layernorm(out), given.get("context")
 
     def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
         if self.sandwich:
@@ -69,6 +71,16 @@ class Decoder(GPTModel):
 
     def __init__(self, cfg: LanguageConfig, config: TransformerConfig, **given: Any) -> None:
         super().__init__(config, **given)
+        if self.pre_process and cfg.input_tokens:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=cfg.vocab_size + cfg.input_tokens,
+                max_sequence_length=cfg.max_positions,
+                position_embedding_type=self.position_embedding_type,
+                scatter_to_sequence_parallel=False,
+                tp_group=self.pg_collection.tp,
+            )
+            self.setup_embeddings_and_output_layer()
         self.rotary_pos_emb = Rotary(cfg, config.kv_channels)
         if self.post_process:  # GPTModel takes no spec for it; Head has no state of its own
             self.output_layer.__class__ = Head
@@ -100,6 +112,7 @@ def language_config(
     fp8: str = "none",
 ) -> TransformerConfig:
     """megatron's config of the decoder."""
+    cut = layout(chunk_layers(cfg.num_layers, parallel)) if parallel.pipeline > 1 else None
     return transformer_config(
         parallel,
         dtype,
@@ -109,6 +122,7 @@ def language_config(
         fp8=None if fp8 == "none" else fp8,
         extra=extra,
         num_layers=cfg.num_layers,
+        pipeline_model_parallel_layout=cut,
         hidden_size=cfg.hidden_size,
         num_attention_heads=cfg.num_heads,
         num_query_groups=cfg.num_kv_heads,

@@ -31,6 +31,11 @@ def part_rates(cfg: OptimConfig) -> dict[str, float | None]:
     return rates
 
 
+def learns(cfg: OptimConfig) -> dict[str, bool]:
+    """Part -> whether it is trained."""
+    return {part: rate is not None for part, rate in part_rates(cfg).items()}
+
+
 def freeze(chunks: Sequence[VLM], rates: dict[str, float | None]) -> None:
     """Frozen parts make no gradients. Call before `wrap`: megatron's buffers hold trainable parameters only."""
     for chunk in chunks:
@@ -71,6 +76,8 @@ def settle(model: Sequence[DistributedDataParallel]) -> None:
     for chunk in model:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.param_gather_dispatched = False  # the forward pass gathers in its order, as it is used to
 
 
 def build_optimizer(

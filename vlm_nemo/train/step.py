@@ -101,7 +101,7 @@ def run_schedule(model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forw
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=list(model) if len(model) > 1 else model[0],
         num_microbatches=len(rows),
-        seq_length=rows[0].tokens.shape[1],
+        seq_length=rows[0].tokens.shape[1] * model[0].config.context_parallel_size,  # of the whole row
         micro_batch_size=1,
         forward_only=forward_only,
     )
