@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.looks import Looks, make_looks
 from vlm_nemo.model.segments import Segments, make_segments
-from vlm_nemo.model.views import VisionBatch, blank_view, vision_batch
+from vlm_nemo.model.views import Features, VisionBatch, blank_view, grids_of, vision_batch
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch
 
 
@@ -30,7 +31,7 @@ class ModelBatch:
     positions: Tensor
     """[3, 1, T] int64"""
     segments: Segments | CachedStep
-    views: VisionBatch | None
+    views: VisionBatch | Features | None
     """One blank view where the row has none, so that every rank runs the same layers; None in a step of generation,
     which does not train."""
     image_slots: Tensor
@@ -39,6 +40,8 @@ class ModelBatch:
     """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there; [M, 4] with shares"""
     image_shares: Tensor | None = None
     """[M, 4] float32: how much of each of four rows; None = all of one"""
+    keep: Callable[[Tensor], None] | None = None
+    """Takes what the tower made of the views, [N, D], to keep it."""
 
 
 def count_embeddings(images: Images[Tensor], tokens: Tensor, cfg: ModelConfig, image_token: int) -> int:
@@ -98,7 +101,7 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
     """Check a row and move it. Raises ValueError as `count_embeddings` does."""
     images = row.images
     patches, grids, embeddings = images.patches, images.grids, 0
-    if len(patches):
+    if len(patches) or row.features is not None:
         embeddings = count_embeddings(images, row.tokens, cfg, image_token)
     else:  # none, or on a later pipeline stage, which gets no pixels
         if (row.tokens == image_token).any():
@@ -109,6 +112,11 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
     segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
     segments.looks = looks_of(images, row.cu_seqlens.tolist(), cfg)
     supervised = row.labels != IGNORE_INDEX
+    views: VisionBatch | Features
+    if row.features is not None:
+        views = Features(rows=row.features, grids=grids_of(grids))
+    else:
+        views = vision_batch(patches, grids, cfg.vision)
 
     def move(x: Tensor) -> Tensor:
         if device.type == "cuda":
@@ -121,7 +129,7 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
         loss_mask=move(supervised.float()).unsqueeze(0),
         positions=move(row.positions).unsqueeze(1),
         segments=segments.moved(move),
-        views=vision_batch(patches, grids, cfg.vision).moved(move),
+        views=views.moved(move),
         image_slots=move(images.slots),
         image_sources=move(rows_of(images.sources, embeddings)),
         image_shares=None if images.shares is None else move(images.shares),

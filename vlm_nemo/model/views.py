@@ -65,12 +65,30 @@ class VisionBatch:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What the tower makes of a row's views, where it is known already."""
+
+    rows: Tensor
+    """[N, D], as `VisionTower.forward` gives it"""
+    grids: tuple[Grid, ...]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Features:
+        """The same, every tensor through `move`."""
+        return Features(rows=move(self.rows), grids=self.grids)
+
+
+def grids_of(grids: Tensor | Sequence[Grid]) -> tuple[Grid, ...]:
+    """[V, 2] to tuples."""
+    return tuple((int(h), int(w)) for h, w in (grids.tolist() if isinstance(grids, Tensor) else grids))
+
+
 def vision_batch(patches: Tensor, grids: Tensor | Sequence[Grid], cfg: VisionConfig) -> VisionBatch:
     """Lay out the views of a row for the tower. patches: [P, p*p*3] uint8; grids: [V, 2]; at least one view.
 
     Raises ValueError where the grids are not of as many patches as there are.
     """
-    known = tuple((int(h), int(w)) for h, w in (grids.tolist() if isinstance(grids, Tensor) else grids))
+    known = grids_of(grids)
     sizes = [h * w for h, w in known]
     if not known or sum(sizes) != patches.shape[0]:
         raise ValueError(f"{patches.shape[0]} patches, but grids {list(known)} are of {sum(sizes)}")

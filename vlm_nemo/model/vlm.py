@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
@@ -15,7 +16,7 @@ from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.projector.build import build_projector
-from vlm_nemo.model.views import VisionBatch
+from vlm_nemo.model.views import Features, VisionBatch
 from vlm_nemo.model.vision import VisionTower
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
@@ -60,7 +61,7 @@ class VLM(MegatronModule):
             x = self.language.embed(batch.tokens, batch.positions)
             if image_rows is None:
                 assert batch.views is not None, "every row of training has a view, were it a blank one"
-                image_rows = self.embed_images(batch.views)
+                image_rows = self.embed_images(batch.views, batch.keep)
             if self.looks:
                 features = image_rows.unsqueeze(1).to(x.dtype)
             else:
@@ -90,11 +91,19 @@ class VLM(MegatronModule):
         self.language.set_input_tensor(hidden)
         return features
 
-    def embed_images(self, views: VisionBatch) -> Tensor:
-        """[E + K, D]: the views' embeddings, then the projector's K extra rows. A frozen tower saves no activations."""
-        frozen = not any(p.requires_grad for p in self.vision.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            features = self.vision(views)
+    def embed_images(self, views: VisionBatch | Features, keep: Callable[[Tensor], None] | None = None) -> Tensor:
+        """[E + K, D]: the views' embeddings, then the projector's K extra rows. A frozen tower saves no activations.
+
+        keep: is given the tower's features [N, D].
+        """
+        if isinstance(views, Features):
+            features = views.rows
+        else:
+            frozen = not any(p.requires_grad for p in self.vision.parameters())
+            with torch.no_grad() if frozen else contextlib.nullcontext():
+                features = self.vision(views)
+            if keep is not None:
+                keep(features)
         rows = self.projector(features, views.grids)
         extra = self.projector.extra_rows()
         return rows if extra is None else torch.cat((rows, extra))

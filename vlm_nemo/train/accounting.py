@@ -59,7 +59,8 @@ class Accounting:
                 self.model_cfg,
                 {part: rate is not None for part, rate in rates.items()},
                 lengths=[n for batch in data.batches for n in sample_lengths(batch)],
-                grids=[(rows, columns) for batch in data.batches for rows, columns in batch.images.grids.tolist()],
+                grids=[grid for batch in data.batches if batch.features is None for grid in _grids(batch)],
+                known=[grid for batch in data.batches if batch.features is not None for grid in _grids(batch)],
                 supervised=supervised,
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
@@ -105,6 +106,10 @@ class Accounting:
             self.data_cfg.min_samples_before_stop,
             own={name: source.max_bad_fraction for name, source in sources if source.max_bad_fraction is not None},
         )
+
+
+def _grids(batch: PackedBatch) -> list[tuple[int, int]]:
+    return [(rows, columns) for rows, columns in batch.images.grids.tolist()]
 
 
 def sample_lengths(batch: PackedBatch) -> list[int]:

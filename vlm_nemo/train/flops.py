@@ -36,19 +36,26 @@ class Flops:
 
 
 def step_flops(
-    cfg: ModelConfig, trained: Mapping[str, bool], *, lengths: Sequence[int], grids: Sequence[Grid], supervised: int
+    cfg: ModelConfig,
+    trained: Mapping[str, bool],
+    *,
+    lengths: Sequence[int],
+    grids: Sequence[Grid],
+    supervised: int,
+    known: Sequence[Grid] = (),
 ) -> Flops:
     """FLOPs of forward and backward.
 
-    trained: part -> whether it learns; lengths: tokens of every sample, image tokens included; grids: of every view;
-    supervised: labels that take part in the loss.
+    trained: part -> whether it learns; lengths: tokens of every sample, image tokens included; grids: of every view
+    that the tower looked at; supervised: labels that take part in the loss; known: grids of the views whose features
+    were known before.
     """
     lang = cfg.language
     linear, attention, embed = _tower(cfg.vision, grids)
     vision = (linear + attention) * (3 if trained["vision"] else 1) + embed * (2 if trained["vision"] else 1)
 
     projector = 0.0
-    for i, (parameters, rows) in enumerate(_projections(cfg, grids)):
+    for i, (parameters, rows) in enumerate(_projections(cfg, [*grids, *known])):
         upstream = trained["vision"] or (i > 0 and trained["projector"])
         projector += 2 * parameters * rows * (1 + upstream + trained["projector"])
 

@@ -31,6 +31,7 @@ from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import MetricsWriter
 from vlm_nemo.train.optim import set_rates
 from vlm_nemo.train.step import train_step
+from vlm_nemo.train.vision_cache import Keeper
 from vlm_nemo.types import PackedBatch, UserError
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Trainer:
     write_extras: Callable[[Path], None]
     """Adds config and tokenizer to a checkpoint; runs on one rank."""
     request: StopRequest
+    keeper: Keeper | None
+    """Keeps what a frozen tower makes of images, on the rank that reads."""
     clock: Callable[[], float]
     """Seconds that the run's attempts took so far."""
     start: int = 0
@@ -134,7 +137,8 @@ class Trainer:
         return step
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
-        return model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device())
+        batch = model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device())
+        return batch if self.keeper is None else self.keeper.keeping(batch, row)
 
     def _next(self) -> StepData:
         """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""
