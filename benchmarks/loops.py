@@ -39,7 +39,7 @@ class Done(NamedTuple):
     """Per supervised token."""
 
 
-def ours(out: Path, only: Sequence[int] | None = None) -> Generator[Done]:
+def ours(out: Path, *, rows: int = ROWS, only: Sequence[int] | None = None) -> Generator[Done]:
     """Packed rows through the repository's own loader, model, schedule and optimizer.
 
     only: records of which one step is made, in this order, instead of the shuffled data.
@@ -65,7 +65,7 @@ def ours(out: Path, only: Sequence[int] | None = None) -> Generator[Done]:
         tokenizer=str(step_folder / "tokenizer"),
         template="vicuna",
         pack=PackConfig(capacity=CAPACITY),
-        global_packs=ROWS,
+        global_packs=rows,
         shuffle=only is None,
         threads=1,
         prefetch=1,
@@ -86,15 +86,16 @@ def ours(out: Path, only: Sequence[int] | None = None) -> Generator[Done]:
         with closing(Loader(data_cfg, spec, tokenizer, **where)) as loader, contextlib.ExitStack() as stack:
             stack.callback(groups.stop)
             while True:
-                rows = loader.next().batches if only is None else _rows(loader, only, tokenizer.pad_id, spec.patch)
+                packed = loader.next().batches if only is None else _rows(loader, only, tokenizer.pad_id, spec.patch)
                 batches = [
-                    model_batch(row, model_cfg, image_token=tokenizer.image_id, device=device.device()) for row in rows
+                    model_batch(row, model_cfg, image_token=tokenizer.image_id, device=device.device())
+                    for row in packed
                 ]
                 result = train_step(model, optimizer, batches, CLIP)
                 yield Done(
-                    sum(row.samples for row in rows),
-                    sum(row.used_tokens for row in rows),
-                    sum(len(row.tokens) for row in rows),
+                    sum(row.samples for row in packed),
+                    sum(row.used_tokens for row in packed),
+                    sum(len(row.tokens) for row in packed),
                     result.loss_sum / result.loss_tokens,
                 )
 

@@ -12,13 +12,9 @@ side is a process of its own, one thread of arithmetic; all its CPU time counts,
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,15 +22,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.llava_twin import PLACEHOLDERS, TINY, Sizes, write_twin
-from benchmarks.loops import BATCH, Done, ours, theirs
+from benchmarks.loops import BATCH, ROWS, Done, ours, theirs
 from benchmarks.made import conversations, prepared
 from benchmarks.mix import instruct
 from benchmarks.paired import compare
-from benchmarks.report import HERE, RESULTS, parser, save, show
+from benchmarks.report import RESULTS, parser, save, show
+from benchmarks.workers import Here, Worker, fill, serve
 
 PICTURES = ((640, 480), (512, 512), (480, 640), (640, 427))
 """Width and height, as in COCO."""
 PEERS = {"padded, random batches": False, "padded, grouped by length": True}
+QUICK = 4
+"""Samples of a batch with --quick."""
 SAME = 1e-4
 """The loss of the same samples may differ by so much: theirs resizes with PIL, ours with PyTorch."""
 
@@ -50,77 +49,17 @@ def make(folder: Path, samples: int, pictures: int, sizes: Sizes) -> Path:
     return out
 
 
-class Here:
-    """A side in this process, for --quick: it saves the seconds in which a process starts."""
-
-    def __init__(self, name: str, out: Path, attention: str) -> None:
-        self.loop, self.seen = loop_of(name, out, attention), list[dict[str, float]]()
-
-    def steps(self, count: int) -> float:
-        """CPU seconds a sample, and what the other sides' threads did meanwhile."""
-        self.seen.append(turn(self.loop, count, time.process_time()))
-        return self.seen[-1]["seconds"] / self.seen[-1]["samples"]
-
-    def close(self) -> None:
-        self.loop.close()
-
-
-class Worker:
-    """A side in its own process: told to take a number of steps, it tells what they took."""
-
-    def __init__(self, name: str, out: Path, attention: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.peers_cpu", "--side", name, "--data", str(out)]
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [*command, "--attention", attention],
-            cwd=HERE.parent,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.seen: list[dict[str, float]] = []
-
-    def steps(self, count: int) -> float:
-        """CPU seconds a sample."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"a side ended with {self.process.wait()}")
-        self.seen.append(json.loads(line))
-        return self.seen[-1]["seconds"] / self.seen[-1]["samples"]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def side(args: argparse.Namespace) -> None:
-    """Be a worker. What its threads do between two turns counts into the next one."""
-    import torch
-
-    torch.set_num_threads(1)
-    loop, marked = loop_of(args.side, args.data, args.attention), 0.0
-    for line in sys.stdin:
-        told = turn(loop, int(line), marked)
-        marked += told["seconds"]
-        print(json.dumps(told), flush=True)
-    loop.close()
-
-
-def loop_of(name: str, out: Path, attention: str) -> Generator[Done]:
+def loop_of(name: str, out: Path, attention: str, quick: bool) -> Generator[Done]:
     """The steps of a side."""
-    return ours(out) if name == "ours" else theirs(out, grouped=PEERS[name], attention=attention)
+    batch, rows = (QUICK, 1) if quick else (BATCH, ROWS)
+    if name == "ours":
+        return ours(out, rows=rows)
+    return theirs(out, grouped=PEERS[name], attention=attention, batch=batch)
 
 
-def turn(loop: Iterator[Done], count: int, since: float) -> dict[str, float]:
-    """Take so many steps; CPU seconds of this process since that moment of it."""
-    done = [next(loop) for _ in range(count)]
-    sums = {name: sum(getattr(one, name) for one in done) for name in ("samples", "tokens", "places")}
-    return {"seconds": time.process_time() - since, **sums}
+def start(name: str, out: Path, attention: str) -> Worker:
+    """A side's own process."""
+    return Worker("benchmarks.peers_cpu", ["--side", name, "--data", str(out), "--attention", attention])
 
 
 def same_loss(out: Path, records: list[int]) -> tuple[float, float]:
@@ -142,16 +81,18 @@ def same_loss(out: Path, records: list[int]) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
     if args.side:
-        return side(args)
+        return serve(lambda: loop_of(args.side, args.data, args.attention, False))
     pairs = 1 if args.quick else args.pairs
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        out = make(Path(folder), *((24, 3, TINY) if args.quick else (2000, 200, Sizes())))
-        losses = same_loss(out, list(range(BATCH)))
-        print(f"loss of the same {BATCH} samples: {losses[0]:.6f} ours, {losses[1]:.6f} theirs")
+        out = make(Path(folder), *((16, 2, TINY) if args.quick else (2000, 200, Sizes())))
+        losses = same_loss(out, list(range(QUICK if args.quick else BATCH)))
+        print(f"loss of the same samples: {losses[0]:.6f} ours, {losses[1]:.6f} theirs")
         attention, tried = ("sdpa", {}) if args.quick else _faster(out)
-        start = Here if args.quick else Worker
-        workers = {name: start(name, out, attention) for name in ("ours", *PEERS)}
+        workers: dict[str, Here | Worker] = {
+            name: Here(loop_of(name, out, attention, True)) if args.quick else start(name, out, attention)
+            for name in ("ours", *PEERS)
+        }
         for worker in workers.values():
             stack.callback(worker.close)
         found = {}
@@ -172,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
                 "theirs": round(peer, 3),
                 "times": round(ratio, 2),
                 "95 %": f"{low:.2f} to {high:.2f}",
-                "fill of ours, %": round(100 * _fill(workers["ours"]), 1),
-                "fill of theirs, %": round(100 * _fill(workers[name]), 1),
+                "fill of ours, %": round(100 * fill(workers["ours"]), 1),
+                "fill of theirs, %": round(100 * fill(workers[name]), 1),
             }
         )
     show("a small LLaVA, stage 2, conversations", rows)
@@ -199,15 +140,11 @@ def _faster(out: Path) -> tuple[str, dict[str, float]]:
     """Their faster attention, and CPU seconds a sample of each."""
     tried = {}
     for attention in ("sdpa", "eager"):
-        worker = Worker(next(iter(PEERS)), out, attention)
+        worker = start(next(iter(PEERS)), out, attention)
         worker.steps(1)
         tried[attention] = worker.steps(2)
         worker.close()
     return min(tried, key=lambda name: tried[name]), tried
-
-
-def _fill(worker: Here | Worker) -> float:
-    return sum(turn["tokens"] for turn in worker.seen) / sum(turn["places"] for turn in worker.seen)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
