@@ -22,11 +22,10 @@ from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.flops import Flops, step_flops
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.train import optim
-from vlm_nemo.train.accounting import sample_lengths
-from vlm_nemo.train.flops import Flops, step_flops
 from vlm_nemo.train.step import prepare_model, train_step
 
 PEAKS = {"H100": 989.4, "H200": 989.4}
@@ -107,8 +106,8 @@ def work(cfg: Config, data: StepData) -> Flops:
     """What the step needed, as training counts it."""
     return step_flops(
         cfg.model,
-        {part: rate is not None for part, rate in optim.part_rates(cfg.optim).items()},
-        lengths=[n for batch in data.batches for n in sample_lengths(batch)],
+        optim.learns(cfg.optim),
+        lengths=[n for batch in data.batches for n in batch.lengths],
         grids=[(rows, columns) for batch in data.batches for rows, columns in batch.images.grids.tolist()],
         supervised=sum(batch.supervised for batch in data.batches),
     )

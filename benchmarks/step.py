@@ -4,7 +4,7 @@ On a GPU: stage 1 (projector alone) and stage 2 (language model too) of llava15_
 `vlm-nemo train` on one device: real JPEGs from shards made here, through the loader, forward, backward, the
 distributed optimizer. On a CPU: the same with a small twin in fp32, to see that it runs and what it costs.
 
-MFU counts what vlm_nemo/train/flops.py counts: no frozen gradients, no padding, no recomputation. The matmul peak is
+MFU counts what vlm_nemo/model/flops.py counts: no frozen gradients, no padding, no recomputation. The matmul peak is
 measured in the same run. Where a setting does not fit the device's memory the next, smaller one is tried.
 """
 

@@ -11,15 +11,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
 from vlm_nemo.check.needs import StageNeeds
-from vlm_nemo.check.plan import GIB, Job, needs, plan
+from vlm_nemo.check.plan import GIB, Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.step import run_schedule
@@ -39,7 +41,15 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
         micro_packs=1,
         capacity=capacity,
         world=world,
-        batch=model_batch(row, cfg, image_token=IMAGE, device=torch.device("cpu")),
+        batch=lambda layout: model_batch(
+            row,
+            cfg,
+            image_token=IMAGE,
+            device=torch.device("cpu"),
+            context=(0, layout.context),
+            sharing=(0, image_ranks(layout)),
+        ),
+        work=work_of([row]),
     )
 
 
@@ -52,9 +62,9 @@ def measured(made: Job) -> int:
         model = optim.wrap(chunks, made.parallel)
         for chunk in model:
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
-        run_schedule(model, [made.batch])
+        run_schedule(model, [made.batch(made.parallel)])
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            run_schedule(model, [made.batch])
+            run_schedule(model, [made.batch(made.parallel)])
         groups.stop()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0
@@ -99,6 +109,16 @@ def test_a_layout_of_many_ranks_shares_out_what_one_rank_holds() -> None:
     assert 1.0 < stages[1].backward_flops / stages[1].forward_flops <= 2.1
 
 
+def test_what_a_checkpoint_copies_is_told() -> None:
+    """Weights and moments of what is trained, shared out over the replicas."""
+    made = job(ParallelConfig(), world=2)
+    found = plan(made, memory_gib=80, reserve_gib=6, assumed="")
+    trained = found.data["stages"][0]["trained"]
+    copied = _copied(made, [StageNeeds(**found.data["stages"][0])])
+    assert copied == trained * 12 / 2
+    assert f"copies {copied / GIB:.2f} GiB a rank to the host's memory" in found.notes[-1]
+
+
 def test_half_precision_halves_weights_and_adds_fp32_copies() -> None:
     (full,), (half,) = needs(job(ParallelConfig())), needs(job(ParallelConfig(), precision="bf16"))
     assert half.weights * 2 == full.weights
@@ -132,3 +152,15 @@ def test_peaks_add_up() -> None:
     (stage,) = needs(job(ParallelConfig()))
     assert isinstance(stage, StageNeeds)
     assert stage.peak == stage.weights + stage.gradients + stage.optimizer + stage.activations
+
+
+def test_context_ranks_hold_half_of_a_row() -> None:
+    """Activations halve but for what images and the keys of the whole row take; every parameter is on both."""
+    (alone,) = needs(job(ParallelConfig(), capacity=4096))
+    (half,) = needs(job(ParallelConfig(context=2), world=2, capacity=4096))
+    assert half.weights == alone.weights and half.optimizer == pytest.approx(alone.optimizer / 2, rel=0.01)
+    assert alone.activations / 2 < half.activations < alone.activations * 0.7
+    assert half.data_sent > 0
+    both = 4 * 4096 * 2 * 2 * 8 * 4 * 8  # layers, tokens, keys and values, heads, their width, fp32, micro-batches
+    assert half.sent["context allgather_base"] == both
+    assert half.sent["context reduce_scatter_base"] == both // 2

@@ -9,6 +9,8 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def numbers(seed: int, rows: int, dtype: torch.dtype = torch.float32) -> torch.T
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-KEYS = [image_key(bytes([i])) for i in range(8)]
+KEYS = [image_key(bytes([i]), ()) for i in range(8)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,7 +47,7 @@ def test_what_is_read_is_what_was_kept(tmp_path: Path, dtype: torch.dtype) -> No
         assert found is not None and found.dtype == dtype
         expected = torch.cat([made[key] for key in order])
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
-        assert all(key in again for key in KEYS) and image_key(b"other") not in again
+        assert all(key in again for key in KEYS) and image_key(b"other", ()) not in again
         assert again.read([KEYS[0]], [2]) is None, "an image of another shape is another image"
     assert store.kept_images == 8 and store.read_images == 4 and store.damaged_images == 0
     assert json.loads((tmp_path / "t" / "tower.json").read_text()) == {"weights": "t"}
@@ -113,7 +115,7 @@ def test_processes_find_what_the_others_added(tmp_path: Path, monkeypatch: pytes
 def _write_for_ever(folder: Path, seed: int) -> None:
     store = opened(folder)
     for i in range(10**9):
-        store.add(image_key(f"{seed} {i}".encode()), numbers(i, 50))
+        store.add(image_key(f"{seed} {i}".encode(), ()), numbers(i, 50))
 
 
 def test_kill_9_leaves_nothing_half(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_kill_9_leaves_nothing_half(tmp_path: Path) -> None:
     store = opened(tmp_path)
     assert len(store) > 100
     for i, seed in ((i, seed) for seed in range(2) for i in range(10**9)):
-        key = image_key(f"{seed} {i}".encode())
+        key = image_key(f"{seed} {i}".encode(), ())
         if key not in store:
             break
         found = store.read([key], [50])
@@ -173,9 +175,21 @@ def test_refusals(tmp_path: Path) -> None:
         FeatureStore(str(tmp_path / "file"), 1.0)
 
 
-def test_rows_of_images_of_several_views() -> None:
-    from types import SimpleNamespace
+def test_a_key_is_the_image_and_how_it_is_cut() -> None:
+    from vlm_nemo.data.config import LayoutConfig
+    from vlm_nemo.data.layout.images import plan_image
+    from vlm_nemo.data.layout.spec import image_spec
 
+    spec = image_spec(LayoutConfig(kind="tiles", max_tiles=6), size=32, patch=16)
+    cuts = [plan_image(spec, size).canvases for size in ((32, 32), (64, 32), (96, 64))]
+    assert len({image_key(data, cut) for cut in cuts for data in (b"one", b"two")}) == 6
+
+
+def test_rows_of_images_of_several_views() -> None:
     grids, views = torch.tensor([[2, 3], [1, 1], [4, 4]]), torch.tensor([2, 1])
-    images = SimpleNamespace(grids=grids, views=views)
-    assert feature_rows(images, 0) == [7, 16] and feature_rows(images, 1) == [9, 17]
+    images: Any = SimpleNamespace(grids=grids, views=views)
+
+    def rows(**spec: Any) -> list[int]:
+        return feature_rows(images, SimpleNamespace(**{"class_token": 0, "tiles": None, "grid": (2, 2), **spec}))
+
+    assert rows() == [7, 16] and rows(class_token=1) == [9, 17] and rows(class_token=1, tiles=3) == [15, 15]

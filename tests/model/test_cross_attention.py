@@ -185,10 +185,12 @@ def whole(chunk: VLM, samples: list[Sample]) -> np.ndarray:
 
 def test_who_looks_where() -> None:
     looks = make_looks([0, 6, 8, 11], [1, 4, 8], [2, 3, 4])
-    assert looks.ranges == ((0, 1, 0, 5), (1, 4, 0, 2), (4, 6, 2, 5), (8, 11, 5, 9))
+    assert looks.ranges == ((0, 1, ((0, 5),)), (1, 4, ((0, 2),)), (4, 6, ((2, 5),)), (8, 11, ((5, 9),)))
     assert looks.seen.flatten().tolist() == [False, *[True] * 5, False, False, *[True] * 3]
     neighbours = make_looks([0, 5], [1, 2], [2, 3])
-    assert neighbours.ranges == ((0, 1, 0, 5), (1, 2, 0, 2), (2, 5, 0, 5))
+    assert neighbours.ranges == ((0, 1, ((0, 5),)), (1, 2, ((0, 2),)), (2, 5, ((0, 5),)))
+    filled = make_looks([0, 5], [1, 2], [4, 3], [2, 3])  # the first image's last two features only fill it up
+    assert filled.ranges == ((0, 1, ((0, 7),)), (1, 2, ((0, 2),)), (2, 5, ((0, 2), (4, 7))))
     assert make_looks([0, 5], [], []).ranges == ()
 
 

@@ -189,7 +189,8 @@ def test_a_family_s_chat_template_says_what_training_saw(tmp_path: Path, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_s_processor_is_found(tmp_path: Path, family: str) -> None:
-    """By AutoProcessor; where its class has a part for videos, which needs torchvision, by its other parts."""
+    """By AutoProcessor; where its class has a part for videos, which needs torchvision (test_auto_processor.py), by its
+    other parts."""
     name = next(name for name in zoo.MODELS if zoo.config(name).family == family)
     cfg, words = zoo.config(name), zoo.write_words(tmp_path / "words", family)
     back = tmp_path / "back"

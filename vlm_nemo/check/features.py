@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_nemo.data.config import DataConfig
-from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.features import rows_of_grids
+from vlm_nemo.data.layout.images import plan_sizes
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.mixture import drawn
 from vlm_nemo.data.storage.cache import Cache
@@ -72,12 +73,12 @@ def cache_size(data: DataConfig, model: ModelConfig, optim: OptimConfig, precisi
     if limit <= 0:
         raise UserError(f"data.vision_cache_gb={data.vision_cache_gb:g} must be above 0")
     if not there:
-        one = _rows(spec, (model.vision.image_size, model.vision.image_size)) * row
+        one = _rows(spec, [(model.vision.image_size, model.vision.image_size)])[0] * row
         return CacheSize(image_bytes=one, images=None, free=free, limit=limit)
     cache, rows, images = Cache(data.store), 0.0, 0.0
     for name in drawn(data.sources):
         source = open_folder(data.sources[name].path, f"data.sources.{name}.path", cache=cache)
-        counted = [[_rows(spec, size) for size in sizes] for sizes in _sizes(source)]
+        counted = [_rows(spec, sizes) for sizes in _sizes(source)]
         scale = len(source) / max(1, len(counted))
         rows += scale * sum(sum(one) for one in counted)
         images += scale * sum(len(one) for one in counted)
@@ -89,6 +90,5 @@ def _sizes(source: Folder) -> Iterator[list[tuple[int, int]]]:
     return (source.sizes(number) for number in range(0, len(source), step))
 
 
-def _rows(spec: ImageSpec, size: tuple[int, int]) -> int:
-    plan = plan_image(spec, size)
-    return plan.cost + len(plan.grids) * spec.class_token
+def _rows(spec: ImageSpec, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    return [rows_of_grids(plan.grids, spec) for plan in plan_sizes(spec, sizes)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,10 +25,13 @@ class Meter(TorchDispatchMode):
     peak: int
     """Most bytes since the start, or since `restart`."""
     sent: Counter[str]
-    """Bytes handed to collectives, by their name (all_reduce, all_gather, reduce_scatter, send, …) and group."""
+    """Bytes handed to collectives, by their name: all_reduce, all_gather, reduce_scatter, send, …; those of a group
+    that is counted apart with its word in front: context all_gather."""
 
-    def __init__(self) -> None:
+    def __init__(self, apart: Mapping[str, dist.ProcessGroup] | None = None) -> None:
+        """apart: groups by the word that they are counted under."""
         super().__init__()
+        self._words = {group.group_name: f"{word} " for word, group in (apart or {}).items()}
         self.live = self.peak = 0
         self.sent = Counter()
         self._known: set[int] = set()
@@ -69,4 +75,7 @@ class Meter(TorchDispatchMode):
     def _collective(self, func: Any, args: Any) -> None:
         name = func.overloadpacket.__name__.strip("_")
         tensors = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
-        self.sent[name] += sum(t.nbytes for t in tensors)
+        found = [a for a in tree_leaves(args) if isinstance(a, torch.ScriptObject)]
+        group = [a for a in found if "ProcessGroup" in str(a._type())]
+        word = self._words.get(dist.ProcessGroup.unbox(group[0]).group_name, "") if group else ""
+        self.sent[word + name] += sum(t.nbytes for t in tensors)

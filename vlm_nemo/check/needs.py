@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_nemo.check.meter import Meter
 from vlm_nemo.check.world import pretend, shapes_only
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.boxes import is_shared
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import VLM
-from vlm_nemo.runtime import device
+from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
@@ -30,7 +31,7 @@ MASTER = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StageNeeds:
-    """Of the first tensor rank of a pipeline stage. Sizes are bytes."""
+    """Of the first tensor and context rank of a pipeline stage. Sizes are bytes."""
 
     stage: int
     parameters: dict[str, int]
@@ -41,16 +42,17 @@ class StageNeeds:
     gradients: int
     """megatron's fp32 buffers, padding included."""
     optimizer: int
-    """AdamW's moments, and fp32 copies of half-precision weights; this data rank's share."""
+    """AdamW's moments, and fp32 copies of half-precision weights; this rank's share of data x context."""
     activations: int
     """The rest of what is alive at the worst moment of the schedule."""
     forward_flops: float
     """Of one micro-batch, matrix products and attention as they are computed: padding included."""
     backward_flops: float
     sent: dict[str, int] = field(default_factory=dict)
-    """Collective -> bytes that this rank hands in during a step: those of the tensor group and between stages."""
+    """Collective -> bytes that this rank hands in during a step: those of the tensor group, between stages, and of the
+    context group (meter.py)."""
     data_sent: int = 0
-    """The same over the data group: fp32 gradients reduced, weights gathered."""
+    """The same over data x context ranks: fp32 gradients reduced, weights gathered."""
 
     @property
     def peak(self) -> int:
@@ -69,7 +71,7 @@ def stage_needs(
     micro: int,
 ) -> StageNeeds:
     """Run the schedule of `stage` with as many of its `micro` micro-batches as it ever holds at once."""
-    per_stage = world // parallel.pipeline  # megatron numbers tensor, then data, then pipeline ranks
+    per_stage = world // parallel.pipeline  # megatron numbers tensor, then context, data, pipeline ranks
     with pretend(parallel, world=world, rank=stage * per_stage) as ranks:
         kinds = range(parallel.virtual) if parallel.virtual > 1 else [None]
         chunks = [VLM(cfg, parallel, device.PRECISIONS[precision], vp_stage=kind) for kind in kinds]
@@ -88,7 +90,7 @@ def stage_needs(
         batches = [batch] * _enough(parallel, micro)
         with FlopCounterMode(display=False) as forward:
             run_schedule(model, batches, forward_only=True)
-        meter = Meter()
+        meter = Meter({"context": groups.context_group()} if parallel.context > 1 else None)
         weights = meter.include([[p.data for p in chunk.parameters()] for chunk in chunks])
         gradients = meter.include([[buffer.grad_data for buffer in chunk.buffers] for chunk in model])
         meter.restart()
@@ -96,12 +98,17 @@ def stage_needs(
             run_schedule(model, batches)
         with FlopCounterMode(display=False) as both:
             run_schedule(model, batches)
-        share = ranks.data if parallel.distributed_optimizer else 1
+        holders = ranks.data * ranks.context  # of the same parameters, each with gradients of other tokens
+        share = holders if parallel.distributed_optimizer else 1
         state = trained * (ADAM + (MASTER if precision == "bf16" else 0)) // share
+        shared = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_shared(p))
     total = both.get_total_flops() / len(batches)
     first = forward.get_total_flops() / len(batches)
     scale = micro / len(batches)
-    data_sent = 0 if ranks.data == 1 else gradients + (trained * (2 if precision == "bf16" else 4) // share)
+    data_sent = 0 if holders == 1 else gradients + (trained * (2 if precision == "bf16" else 4) // share)
+    sent = {name: round(size * scale) for name, size in meter.sent.items()}
+    if shared:  # their fp32 gradients are averaged over the tensor group, where a step's gradients are finished
+        sent["allreduce"] = sent.get("allreduce", 0) + 4 * shared
     return StageNeeds(
         stage=stage,
         parameters=parameters,
@@ -112,7 +119,7 @@ def stage_needs(
         activations=meter.peak - weights - gradients,
         forward_flops=first,
         backward_flops=total - first,
-        sent={name: round(size * scale) for name, size in meter.sent.items()},
+        sent=sent,
         data_sent=data_sent,
     )
 

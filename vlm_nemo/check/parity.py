@@ -36,8 +36,12 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor 2, sequence, recompute": (2, "packed", dict(tensor=2, sequence=True, recompute="full")),
     "pipeline 2": (2, "packed", dict(pipeline=2)),
     "pipeline 2, virtual 2": (2, "packed", dict(pipeline=2, virtual=2)),
+    "tensor 2, images shared out": (2, "packed", dict(tensor=2, vision=1, sequence=True)),
+    "pipeline 2, layers 1 and 3": (2, "packed", dict(pipeline=2, layers=[1, 3])),
     "data 2": (2, "packed", {}),
     "data 2, distributed optimizer": (2, "packed", dict(distributed_optimizer=True)),
+    "context 2": (2, "packed", dict(context=2)),
+    "context 2, recompute": (2, "packed", dict(context=2, recompute="full")),
     "tensor 4, sequence": (4, "packed", dict(tensor=4, sequence=True)),
     "pipeline 4": (4, "packed", dict(pipeline=4)),
     "tensor 2, pipeline 2, sequence": (4, "packed", dict(tensor=2, pipeline=2, sequence=True)),
@@ -46,11 +50,23 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         "packed",
         dict(tensor=2, sequence=True, distributed_optimizer=True),
     ),
+    "context 4": (4, "packed", dict(context=4)),
+    "context 2, tensor 2, sequence": (4, "packed", dict(context=2, tensor=2, sequence=True)),
+    "context 2, pipeline 2, virtual 2": (4, "packed", dict(context=2, pipeline=2, virtual=2)),
+    "context 2, data 2, distributed optimizer": (4, "packed", dict(context=2, distributed_optimizer=True)),
     "pipeline 2, data 2, distributed optimizer": (4, "packed", dict(pipeline=2, distributed_optimizer=True)),
 }
 """Name -> processes, rows, and what differs from one process. All are tried that the twin's sizes allow."""
 PLAIN: dict[str, Any] = dict(
-    tensor=1, pipeline=1, virtual=1, context=1, sequence=False, distributed_optimizer=False, recompute="none"
+    tensor=1,
+    vision=None,
+    pipeline=1,
+    virtual=1,
+    layers=[],
+    context=1,
+    sequence=False,
+    distributed_optimizer=False,
+    recompute="none",
 )
 
 

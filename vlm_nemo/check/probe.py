@@ -154,7 +154,7 @@ class _Probes:
         row = self.row
         batch = model_batch(row, self.subject.model, image_token=self.tokenizer.image_id, device=device.device())
         supervised = (row.labels != IGNORE_INDEX).nonzero().flatten()
-        losses = self.model(batch)[0, supervised]
+        losses = self.model(batch)
         expected = -self.logits[supervised].log_softmax(-1)[range(len(supervised)), row.labels[supervised]]
         off = _largest((losses - expected).abs()) / max(float(expected.max()), 1e-12)
         return Probe(

@@ -81,7 +81,8 @@ def trial(subject: Subject, case: Case, rows: Sequence[PackedBatch], witness: Pa
     step.prepare_model(model)
     optim.set_rates(optimizer, rates, 1, 2)
     mine = rows[ranks.data_rank :: ranks.data]
-    batches = [model_batch(row, cfg, image_token=subject.image_id, device=device.device()) for row in mine]
+    places = {"context": (ranks.context_rank, ranks.context), "sharing": chunks[0].image_place}
+    batches = [model_batch(row, cfg, image_token=subject.image_id, device=device.device(), **places) for row in mine]
     losses, norms = [], []
     largest: dict[str, float] = {}
     off: dict[str, float] = {}

@@ -14,7 +14,8 @@ from vlm_nemo.data.chat import Template, encode_conversation
 from vlm_nemo.data.config import AugmentConfig
 from vlm_nemo.data.features import FeatureStore, image_key
 from vlm_nemo.data.image import decode_images, left_out, plan_images
-from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.images import plan_sizes
+from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.pieces import EncodedText, image_tokens
 from vlm_nemo.data.resize import torch_resize
@@ -57,9 +58,9 @@ class Encoder:
         """Tokens and labels of a record. Raises SampleError."""
         return self._text(self.folders[source].record(number))
 
-    def image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens that stand for an image of (width, height) pixels, beside those of its record's text."""
-        return image_tokens(plan_image(self.spec, size), self.tokenizer)
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that stand for a record's images, (width, height) pixels each, beside those of its text."""
+        return sum(image_tokens(plan, self.tokenizer) for plan in plan_sizes(self.spec, sizes))
 
     def sample(self, planned: PlannedSample) -> EncodedSample:
         """Read and decode. Raises SampleError: what cannot be used, and a record that is not as long as planned (its
@@ -90,18 +91,13 @@ class Encoder:
         decode = partial(decode_images, files, text, self.spec, torch_resize, augment)
         if self.features is None:
             return replace(sample, images=decode())
-        keys = tuple(image_key(data) for data in files)
-        if files and self._is_known(files, keys, text):
+        plans = plan_images(files, self.spec)
+        keys = tuple(image_key(data, plan.canvases) for data, plan in zip(files, plans, strict=True))
+        # Of another size than the text says: decoding tells
+        alike = len(files) == len(text.plans) and all(map(ImagePlan.stands_like, plans, text.plans))
+        if files and alike and all(key in self.features for key in keys):
             return replace(sample, image_keys=keys, decode=decode)
         return replace(sample, image_keys=keys, images=decode())
-
-    def _is_known(self, files: Sequence[bytes], keys: Sequence[bytes], text: EncodedText) -> bool:
-        """Whether the images need no decoding: their features are kept, and they are as large as the text says."""
-        assert self.features is not None
-        if len(files) != len(text.plans) or not all(key in self.features for key in keys):
-            return False
-        plans = plan_images(files, self.spec)
-        return all(plan.stands_like(planned) for plan, planned in zip(plans, text.plans, strict=True))
 
     def name(self, source: str, record: int) -> str:
         """A record's name for logs: shard and member, and its name in the raw data if it can be read."""
@@ -113,7 +109,7 @@ class Encoder:
         return printable(f"{folder.key(record)} ({origin})" if origin else folder.key(record))
 
     def _text(self, record: Record) -> EncodedText:
-        plans = [plan_image(self.spec, size) for size in record.sizes]
+        plans = plan_sizes(self.spec, record.sizes)
         return encode_conversation(record.messages, self.tokenizer, self.template, plans)
 
     def _rng(self, planned: PlannedSample) -> np.random.Generator | None:

@@ -6,9 +6,9 @@
         a1….index            an entry an image: its hash, where its numbers are, their hash
 
 A folder's name hashes all that the numbers depend on beside the image (`vlm_nemo.train.vision_cache`), an entry's key
-is the hash of the image's bytes: a tower that changed, or another way of cutting, finds nothing. Every process appends
-to files of its own and reads everybody's; an entry is written when its numbers are, and both are hashed, so whatever a
-kill or a bad disk left is noticed, counted and computed anew. No pickle.
+the image's bytes and how it is cut: a tower that changed, or another way of cutting, finds nothing. Every process
+appends to files of its own and reads everybody's; an entry is written when its numbers are, and both are hashed, so
+whatever a kill or a bad disk left is noticed, counted and computed anew. No pickle.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlm_nemo.data.layout.plan import Canvas
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.sample import EncodedSample
-from vlm_nemo.types import UserError
+from vlm_nemo.types import Images, UserError
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +55,14 @@ class Place(NamedTuple):
     digest: bytes
 
 
-def image_key(data: bytes) -> bytes:
-    """Of an encoded image."""
-    return hashlib.sha256(data).digest()
+def image_key(data: bytes, canvases: tuple[Canvas, ...]) -> bytes:
+    """Of an encoded image, cut in this way: one that stands alone may be cut in another way than one of several."""
+    return hashlib.sha256(hashlib.sha256(data).digest() + _words(canvases)).digest()
+
+
+@lru_cache(maxsize=4096)
+def _words(canvases: tuple[Canvas, ...]) -> bytes:
+    return repr(canvases).encode()
 
 
 class FeatureStore:
@@ -225,22 +233,26 @@ def _entry(key: bytes, place: Place) -> bytes:
     return body + hashlib.blake2b(body, digest_size=_CHECK).digest()
 
 
-def known_features(store: FeatureStore, samples: Sequence[EncodedSample], class_token: int) -> Tensor | None:
-    """[N, D] of all images of these samples, if all of them are in the store; None where one is not, or none has any.
-
-    class_token: rows that a view gives beside its patches'.
-    """
+def known_features(store: FeatureStore, samples: Sequence[EncodedSample], spec: ImageSpec) -> Tensor | None:
+    """[N, D] of all images of these samples, if they are all in the store; None where one is not, or there is none."""
     keys = [key for sample in samples for key in sample.image_keys]
     if not keys or not all(key in store for key in keys):
         return None
-    return store.read(keys, [n for sample in samples for n in feature_rows(sample.images, class_token)])
+    return store.read(keys, [n for sample in samples for n in feature_rows(sample.images, spec)])
 
 
-def feature_rows(images: Any, class_token: int) -> list[int]:
-    """Rows that the tower gives for each image, of Images: its views' patches, and their class tokens if kept."""
+def feature_rows(images: Images[Any], spec: ImageSpec) -> list[int]:
+    """Rows that the tower gives for each image: its views' patches, and class tokens where they are kept."""
     found, at = [], 0
     grids = images.grids.tolist()
     for views in images.views.tolist():
-        found.append(sum(rows * columns + class_token for rows, columns in grids[at : at + views]))
+        found.append(rows_of_grids(grids[at : at + views], spec))
         at += views
     return found
+
+
+def rows_of_grids(grids: Sequence[Sequence[int]], spec: ImageSpec) -> int:
+    """The same of one image with these views. A tower with tiles gives the unused ones too."""
+    if spec.tiles is not None:
+        return spec.tiles * (spec.grid[0] * spec.grid[1] + spec.class_token)
+    return sum(rows * columns + spec.class_token for rows, columns in grids)

@@ -62,6 +62,18 @@ class LocalParameter:
             row += rows
 
 
+def mark_shared(module: nn.Module) -> None:
+    """Its parameters are whole on every tensor rank, which sees other images on each (share.py): megatron averages
+    their gradients over the tensor group."""
+    for parameter in module.parameters():
+        parameter.average_gradients_across_tp_domain = True
+
+
+def is_shared(parameter: nn.Parameter) -> bool:
+    """Whether `mark_shared` marked it."""
+    return getattr(parameter, "average_gradients_across_tp_domain", False)
+
+
 def split_rows(key: str, parameter: nn.Parameter, offset: int, total: int) -> ShardedTensor:
     """For a module's `sharded_state_dict`: the parameter is rows offset, offset + 1, … of a tensor of `total` rows, the
     others being on other tensor ranks, which need not have as many."""
@@ -81,6 +93,7 @@ def split_rows(key: str, parameter: nn.Parameter, offset: int, total: int) -> Sh
 def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
     """Every parameter of this process's model chunks (unwrapped VLMs), in their order."""
     found: list[LocalParameter] = []
+    other_tensor_rank = parallel_state.get_tensor_model_parallel_rank() > 0
     for chunk in chunks:
         sharded = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
         by_address = {}
@@ -102,7 +115,8 @@ def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
             )
             # megatron numbers the holders of equal data: (pipeline, tensor, data) copies; zeros are the first.
             *model_copy, data_copy = entry.replica_id
-            model_owner = not any(model_copy)
+            # What is whole on every tensor rank knows only itself there
+            model_owner = not any(model_copy) and not (is_shared(parameter) and other_tensor_rank)
             owner = model_owner and data_copy == 0
             found.append(
                 LocalParameter(name=name, parameter=parameter, boxes=boxes, owner=owner, model_owner=model_owner)

@@ -20,4 +20,5 @@ def spec_of(cfg: ModelConfig) -> ImageSpec:
         mean=tuple(vision.mean),
         mrope=bool(cfg.language.mrope_section),
         cross_attention=projector.kind == "cross_attention",
+        tiles=vision.tiles,
     )

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
 from vlm_nemo.model.norm import Norm
-from vlm_nemo.runtime import device
+from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -56,8 +56,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron's config with our decisions filled in.
 
-    pipelined: split over pipeline stages (the language model); the vision tower and projector live whole on the
-    first stage and keep their sequence unsplit. extra: a user's further fields (`model.megatron`), checked by name.
+    pipelined: split over pipeline stages (the language model) and its rows over context ranks; the vision tower and
+    projector live whole on the first stage and keep their sequence unsplit. extra: a user's further fields
+    (`model.megatron`), checked by name.
 
     Raises UserError for an extra field that megatron-core does not have or that another key decides.
     """
@@ -65,6 +66,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline if pipelined else 1,
         virtual_pipeline_model_parallel_size=parallel.virtual if pipelined and parallel.virtual > 1 else None,
+        # Our batches come cut (context.py): megatron only divides the length of what stages send to each other by it
+        context_parallel_size=parallel.context if pipelined else 1,
         sequence_parallel=parallel.sequence and pipelined,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -147,6 +150,8 @@ def mlp_spec() -> MLPSubmodules:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum over the tensor group of what each rank has, where each goes on with its own use of it: every rank's use
-    then sends gradient to every rank's part."""
-    return copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(x.contiguous()))
+    """The sum over the tower's tensor group of what each rank has, where each goes on with its own use of it: every
+    rank's use then sends gradient to every rank's part."""
+    group = groups.vision_group()
+    summed = reduce_from_tensor_model_parallel_region(x.contiguous(), group)
+    return copy_to_tensor_model_parallel_region(summed, group)

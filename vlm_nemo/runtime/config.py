@@ -11,12 +11,19 @@ class ParallelConfig:
 
     tensor: int = 1
     """Ranks that share every layer (tensor parallelism)."""
+    vision: int | None = None
+    """Ranks that share every layer of the vision tower and projector: null = as many as tensor; 1 = each of them holds
+    both whole, and the images of a row are shared out over them."""
     pipeline: int = 1
     """Stages that the language layers are cut into."""
     virtual: int = 1
     """Model chunks a pipeline stage (interleaved schedule); 1 = plain 1F1B."""
+    layers: list[int] = field(default_factory=list)
+    """Language layers of every stage in order (pipeline x virtual numbers); empty = so that all stages take equally
+    long, vision and head counted, by the first rows of the data."""
     context: int = 1
-    """Ranks that share one row along its length; this version supports 1."""
+    """Ranks that share each row along its length, for rows too long for one rank: each does its own tokens, with keys
+    and values of all. Cuts data.pack.capacity into twice as many chunks. Where a model answers, they are replicas."""
     sequence: bool = False
     """Sequence parallelism: shard norms and dropout over the tensor group; needs tensor > 1."""
     distributed_optimizer: bool = True

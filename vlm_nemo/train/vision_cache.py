@@ -7,6 +7,7 @@ What is read back is what the tower gave, to the bit, and a row of which an imag
 whole, as it would without the cache: so a run over rows that were kept before has the losses of one without, to the
 bit. In other rows (another epoch) an image has the features of the row that it was first seen in. They are the same
 bits where the device's matrix products round a patch alike whatever stands beside it; else the last bit may differ.
+Where ranks would share a row's images out, with the cache each embeds all of them: that is done once an image.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from vlm_nemo.data.augment import changes_images
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.features import FeatureStore, feature_rows
+from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
@@ -34,6 +36,7 @@ from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
+from vlm_nemo.runtime.layout import vision_layout
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.types import PackedBatch, UserError
 
@@ -75,8 +78,8 @@ def describe(
             data = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
             digest.update(data.view(torch.uint8).numpy().data)
-    shares = [digest.digest()]
-    if parallel.tensor > 1:
+    shares, split = [digest.digest()], vision_layout(parallel).tensor
+    if split > 1:
         shares = groups.gather_bytes(digest.digest(), groups.tensor_group())
     spec = spec_of(cfg)
     layout = {name: value for name, value in asdict(spec.layout).items() if name not in ("before", "after")}
@@ -86,7 +89,7 @@ def describe(
         "tower": asdict(cfg.vision),
         "layout": layout | {"size": spec.size, "patch": spec.patch, "mean": list(spec.mean)},
         "dtype": str(dtype).removeprefix("torch."),
-        "tensor": parallel.tensor,
+        "tensor": split,
         "device": device.device().type,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32], about
@@ -95,9 +98,8 @@ def describe(
 class Keeper:
     """Hands what the tower made to a thread that writes it, on the rank that reads. Use `keeping` on every row."""
 
-    def __init__(self, store: FeatureStore, class_token: int) -> None:
-        """class_token: rows that a view gives beside its patches'."""
-        self._store, self._class_token = store, class_token
+    def __init__(self, store: FeatureStore, spec: ImageSpec) -> None:
+        self._store, self._spec = store, spec
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=_AHEAD)
         self._thread = threading.Thread(target=self._write, name="vlm_nemo.features", daemon=True)
         self._thread.start()
@@ -106,7 +108,7 @@ class Keeper:
         """The batch, to be kept when the tower has seen it; as it is where there is nothing to keep."""
         if not row.image_keys:
             return batch
-        return replace(batch, keep=partial(self._take, row.image_keys, feature_rows(row.images, self._class_token)))
+        return replace(batch, keep=partial(self._take, row.image_keys, feature_rows(row.images, self._spec)))
 
     def _take(self, keys: Sequence[bytes], rows: Sequence[int], features: Tensor) -> None:
         """Called in the middle of a forward: nothing here waits for the device."""
@@ -143,7 +145,7 @@ class Keeper:
 
 def open_store(cfg: DataConfig, ranks: Ranks) -> FeatureStore | None:
     """On the rank that reads; it is of no use before `start_keeping`. Raises UserError."""
-    if cfg.vision_cache is None or not (ranks.first_stage and ranks.tensor_rank == 0):
+    if cfg.vision_cache is None or not ranks.reader:
         return None
     return FeatureStore(cfg.vision_cache, cfg.vision_cache_gb, writers=ranks.data)
 
@@ -159,7 +161,7 @@ def start_keeping(
     if store is None:
         return None
     store.open(name, dtype, about)
-    return Keeper(store, spec_of(cfg).class_token)
+    return Keeper(store, spec_of(cfg))
 
 
 def summary(store: FeatureStore | None, folder: str) -> str:

@@ -59,13 +59,25 @@ def step_flops(
         upstream = trained["vision"] or (i > 0 and trained["projector"])
         projector += 2 * parameters * rows * (1 + upstream + trained["projector"])
 
-    backward_through = any(trained.values())
-    passes = 1 + backward_through + trained["language"]
-    language = float(2 * lang.num_layers * decoder_layer(lang) * sum(lengths) * passes)
-    seen = sum(_seen(lang, i, n) for i in range(lang.num_layers) for n in lengths)
-    language += 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
+    language = sum(layer_flops(lang, layer, trained, lengths) for layer in range(lang.num_layers))
+    passes = 1 + any(trained.values()) + trained["language"]
     head = 2 * lang.hidden_size * lang.vocab_size * supervised * passes
     return Flops(vision=float(vision), projector=float(projector), language=language, head=float(head))
+
+
+def layer_flops(lang: LanguageConfig, layer: int, trained: Mapping[str, bool], lengths: Sequence[int]) -> float:
+    """FLOPs of forward and backward of one layer of the decoder, counted from 0; see `step_flops`."""
+    backward_through = any(trained.values())
+    linear = 2 * decoder_layer(lang) * sum(lengths) * (1 + backward_through + trained["language"])
+    seen = sum(_seen(lang, layer, n) for n in lengths)
+    return linear + 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
+
+
+def view_flops(cfg: ModelConfig, grid: Grid) -> float:
+    """FLOPs of forward of one view through tower and projector: their matrices grow with its patches, the tower's
+    attention with their square."""
+    projector = sum(2 * parameters * rows for parameters, rows in _projections(cfg, [grid]))
+    return float(sum(_tower(cfg.vision, [grid])) + projector)
 
 
 def decoder_layer(lang: LanguageConfig) -> int:
