@@ -95,7 +95,12 @@ def test_refusals() -> None:
             check_cache(DataConfig(vision_cache="cache", augment=AugmentConfig(**change)), frozen)
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {"tp2": dict(tensor=2), "pp2": dict(pipeline=2), "dp2": dict()}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": dict(tensor=2),
+    "pp2": dict(pipeline=2),
+    "dp2": dict(),
+    "cp2": dict(context=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +147,9 @@ def history(prepared: Path, layout: dict[str, Any], cache: str | None) -> tuple[
     found = []
     for number in range(1, STEPS + 1):
         rows = feed.next().batches
-        batches = [model_batch(row, cfg, image_token=tokenizer.image_id, device=device.device()) for row in rows]
+        how: dict[str, Any] = dict(image_token=tokenizer.image_id, device=device.device())
+        context = (ranks.context_rank, ranks.context)
+        batches = [model_batch(row, cfg, context=context, **how) for row in rows]
         if keeper:
             batches = [keeper.keeping(batch, row) for batch, row in zip(batches, rows, strict=True)]
         optim.set_rates(optimizer, rates, number, STEPS)
