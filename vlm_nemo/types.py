@@ -96,6 +96,18 @@ class PackedBatch:
     """Samples in the row."""
     used_tokens: int
     """Tokens that are not padding."""
+    segment_labels: Tensor | None = None
+    """[S] int64: what `supervised_by_segment` gives, for ranks that get no labels; None: they are counted"""
+
+    def supervised_by_segment(self) -> Tensor:
+        """[S] int64: labels of every segment that take part in the loss."""
+        if self.segment_labels is not None:
+            return self.segment_labels
+        bounds = self.cu_seqlens.tolist()
+        counts = [
+            int((self.labels[start:end] != IGNORE_INDEX).sum()) for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        return self.cu_seqlens.new_tensor(counts).long()
 
     @property
     def supervised(self) -> int:

@@ -38,6 +38,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "pipeline 2, virtual 2": (2, "packed", dict(pipeline=2, virtual=2)),
     "data 2": (2, "packed", {}),
     "data 2, distributed optimizer": (2, "packed", dict(distributed_optimizer=True)),
+    "expert 2": (2, "packed", dict(expert=2)),
+    "tensor 2, sequence, expert 2": (2, "packed", dict(tensor=2, sequence=True, expert=2)),
     "tensor 4, sequence": (4, "packed", dict(tensor=4, sequence=True)),
     "pipeline 4": (4, "packed", dict(pipeline=4)),
     "tensor 2, pipeline 2, sequence": (4, "packed", dict(tensor=2, pipeline=2, sequence=True)),
@@ -46,11 +48,24 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         "packed",
         dict(tensor=2, sequence=True, distributed_optimizer=True),
     ),
+    "tensor 2, data 2, expert 4, distributed optimizer": (
+        4,
+        "packed",
+        dict(tensor=2, expert=4, distributed_optimizer=True),
+    ),
+    "expert 2, data 4, distributed optimizer": (4, "packed", dict(expert=2, distributed_optimizer=True)),
     "pipeline 2, data 2, distributed optimizer": (4, "packed", dict(pipeline=2, distributed_optimizer=True)),
 }
 """Name -> processes, rows, and what differs from one process. All are tried that the twin's sizes allow."""
 PLAIN: dict[str, Any] = dict(
-    tensor=1, pipeline=1, virtual=1, context=1, sequence=False, distributed_optimizer=False, recompute="none"
+    tensor=1,
+    pipeline=1,
+    virtual=1,
+    context=1,
+    expert=1,
+    sequence=False,
+    distributed_optimizer=False,
+    recompute="none",
 )
 
 

@@ -7,8 +7,9 @@
     only one   has the Loader; sends             all of it
 
 The account is what every rank books (the step's counts and drops, the loader's state); positions stands for positions,
-segment bounds and the images' places, which attention may need everywhere. On the wire: JSON, then safetensors. An
-error of the reader goes the same way, so that all ranks of the replica raise it and none waits for ever.
+segment bounds, how many labels each segment has and the images' places, which layers may need everywhere. On the wire:
+JSON, then safetensors. An error of the reader goes the same way, so that all ranks of the replica raise it and none
+waits for ever.
 
 All of it runs in the caller's thread, between two steps, so it shares the groups' order with the model's collectives.
 """
@@ -90,7 +91,7 @@ class Feed:
             self.loader.close()
 
     def _share(self, data: StepData | None, error: BaseException | None) -> StepData:
-        account, parts = self._agree(_account(data) if data else {}, _parts(data, _EVERYWHERE) if data else {}, error)
+        account, parts = self._agree(_account(data) if data else {}, _everywhere(data) if data else {}, error)
         if self._ranks.first_stage and self._ranks.tensor > 1:
             names = _FIRST + _LAST if self._ranks.last_stage else _FIRST
             sent = groups.broadcast_bytes(_pack({}, _parts(data, names)) if data else None, groups.tensor_group())
@@ -144,6 +145,11 @@ def _account(data: StepData) -> dict[str, Any]:
     return account
 
 
+def _everywhere(data: StepData) -> dict[str, Tensor]:
+    counts = {f"{i}.segment_labels": batch.supervised_by_segment() for i, batch in enumerate(data.batches)}
+    return _parts(data, _EVERYWHERE) | counts
+
+
 def _parts(data: StepData, names: tuple[str, ...]) -> dict[str, Tensor]:
     found = {f"{i}.{name}": attrgetter(name)(batch) for i, batch in enumerate(data.batches) for name in names}
     return {name: part for name, part in found.items() if part is not None}  # most rows have no shares
@@ -160,6 +166,7 @@ def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
                 labels=parts.get(f"{i}.labels", torch.full((length,), IGNORE_INDEX)),
                 positions=parts[f"{i}.positions"],
                 cu_seqlens=parts[f"{i}.cu_seqlens"],
+                segment_labels=parts[f"{i}.segment_labels"],
                 images=Images(
                     patches=parts.get(f"{i}.{_PIXELS}", torch.empty(0, 0, dtype=torch.uint8)),
                     **{name.removeprefix("images."): parts.get(f"{i}.{name}") for name in _EVERYWHERE if "." in name},

@@ -105,7 +105,7 @@ def form_of(path: str | Path) -> str | None:
 
 def inference_layout(parallel: ParallelConfig) -> ParallelConfig:
     """The same ranks, without what only training needs or can do; any checkpoint loads at any layout."""
-    return replace(parallel, virtual=1, sequence=False, recompute="none", distributed_optimizer=False)
+    return replace(parallel, virtual=1, sequence=False, expert=1, recompute="none", distributed_optimizer=False)
 
 
 def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlm_nemo.data.layout.spec import view_tokens
+from vlm_nemo.model.balance import Balance, make_balance
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
@@ -94,6 +95,14 @@ def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Loo
     return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist())
 
 
+def balance_of(row: PackedBatch, cfg: ModelConfig) -> Balance | None:
+    """How much each token counts in the losses of experts' use; None where there are none."""
+    moe = cfg.language.moe
+    if moe.experts is None or not (moe.aux_loss or moe.z_loss):
+        return None
+    return make_balance(row.cu_seqlens, row.supervised_by_segment())
+
+
 def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device: torch.device) -> ModelBatch:
     """Check a row and move it. Raises ValueError as `count_embeddings` does."""
     images = row.images
@@ -108,6 +117,7 @@ def model_batch(row: PackedBatch, cfg: ModelConfig, *, image_token: int, device:
     blocks = image_blocks(images.slots, len(row.tokens)) if whole else None
     segments = make_segments(row.cu_seqlens, row.used_tokens, blocks=blocks)
     segments.looks = looks_of(images, row.cu_seqlens.tolist(), cfg)
+    segments.balance = balance_of(row, cfg)
     supervised = row.labels != IGNORE_INDEX
 
     def move(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vlm_nemo.model.balance import Balance
 from vlm_nemo.model.looks import Looks
 
 
@@ -47,6 +48,8 @@ class Segments(PackedSeqParams):
     """Of every block: the first token of its sample, its own first token, and the one behind its last"""
     looks: Looks | None = None
     """Who attends to which image, in the layers that look at images"""
+    balance: Balance | None = None
+    """How much each token counts in the losses of experts' use; None: there are none"""
     masks: dict[tuple[int, int, int, bool], Tensor] = field(default_factory=dict)
     """Made by `stripe_mask` when first asked for, and shared by all layers"""
 
@@ -79,6 +82,7 @@ class Segments(PackedSeqParams):
             moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
         moved.windows = self.windows.moved(move) if self.windows is not None else None
         moved.looks = self.looks.moved(move) if self.looks is not None else None
+        moved.balance = self.balance.moved(move) if self.balance is not None else None
         return moved
 
 

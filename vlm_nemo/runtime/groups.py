@@ -36,6 +36,9 @@ class Ranks:
     pipeline_rank: int
     data: int
     data_rank: int
+    expert: int = 1
+    """Ranks that the experts of a layer are spread over; they need not see the same data."""
+    expert_rank: int = 0
 
     @property
     def first_stage(self) -> bool:
@@ -88,6 +91,8 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,
     )
     device.seed_everything(seed)
@@ -100,6 +105,8 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert=parallel.expert,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
     )
 
 

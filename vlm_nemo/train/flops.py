@@ -1,10 +1,10 @@
 """Floating-point operations that a step needs, for an honest MFU.
 
-Counted: matrix products over real tokens and patches. Not counted: padding, blank stand-ins, recomputation, attention
-across samples, what an image's tokens see of those behind them, gradients of frozen weights, the head where no label
-is. A matrix product of P parameters over T tokens is 2 P T forward; backward adds 2 P T for the input's gradient where
-something upstream learns, and 2 P T for the weights' where they learn. Causal attention of a sample of s tokens is
-2 s^2 d a layer forward (half of the full square), twice that backward.
+Counted: matrix products over real tokens and patches, of experts those that a token goes to. Not counted: padding,
+blank stand-ins, recomputation, attention across samples, what an image's tokens see of those behind them, gradients of
+frozen weights, the head where no label is. A matrix product of P parameters over T tokens is 2 P T forward; backward
+adds 2 P T for the input's gradient where something upstream learns, and 2 P T for the weights' where they learn. Causal
+attention of a sample of s tokens is 2 s^2 d a layer forward (half of the full square), twice that backward.
 """
 
 from __future__ import annotations
@@ -54,17 +54,23 @@ def step_flops(
 
     backward_through = any(trained.values())
     passes = 1 + backward_through + trained["language"]
-    language = float(2 * lang.num_layers * decoder_layer(lang) * sum(lengths) * passes)
+    matrices = sum(decoder_layer(lang, i) for i in range(lang.num_layers))
+    language = float(2 * matrices * sum(lengths) * passes)
     seen = sum(_seen(lang, i, n) for i in range(lang.num_layers) for n in lengths)
     language += 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
     head = 2 * lang.hidden_size * lang.vocab_size * supervised * passes
     return Flops(vision=float(vision), projector=float(projector), language=language, head=float(head))
 
 
-def decoder_layer(lang: LanguageConfig) -> int:
-    """Parameters in the matrices of one layer."""
+def decoder_layer(lang: LanguageConfig, layer: int) -> int:
+    """Parameters in the matrices of one layer that a token meets: of experts, those that it goes to."""
     attention = lang.hidden_size * _head_dim(lang) * (2 * lang.num_heads + 2 * lang.num_kv_heads)
-    return attention + 3 * lang.hidden_size * lang.ffn_hidden_size
+    moe = lang.moe
+    if moe.experts is None or not moe.sparse(layer):
+        return attention + 3 * lang.hidden_size * lang.ffn_hidden_size
+    inside = moe.top_k * (moe.ffn_hidden_size or lang.ffn_hidden_size) + (moe.shared_ffn_hidden_size or 0)
+    gate = moe.experts + (moe.shared_ffn_hidden_size is not None and moe.shared_gate)
+    return attention + lang.hidden_size * (3 * inside + gate)
 
 
 def _head_dim(lang: LanguageConfig) -> int:

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.experts import take_losses
 from vlm_nemo.train.optim import update
 
 
@@ -42,6 +43,9 @@ class StepResult:
     loss_tokens: float
     grad_norm: float
     applied: bool
+    router_losses: tuple[float, float] = (0.0, 0.0)
+    """Balance and z loss (model/balance.py) of this rank's tokens and sparse layers, unweighted, summed over supervised
+    tokens. They are no part of loss_sum; all ranks' together are the job's."""
 
 
 def prepare_model(model: Sequence[nn.Module]) -> None:
@@ -62,12 +66,14 @@ def train_step(
     reports = run_schedule(model, rows)
     norm, applied = update(optimizer, clip)
     loss_sum, loss_tokens = torch.stack(reports).sum(0).tolist() if reports else (0.0, 0.0)
-    return StepResult(loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied)
+    told = take_losses(model)
+    balance, z = told.tolist() if told is not None else (0.0, 0.0)
+    return StepResult(
+        loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied, router_losses=(balance, z)
+    )
 
 
-def run_schedule(
-    model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False
-) -> list[Tensor]:
+def run_schedule(model: Sequence[nn.Module], rows: Sequence[ModelBatch], *, forward_only: bool = False) -> list[Tensor]:
     """megatron's schedule for the layout: no pipeline, 1F1B, or interleaved. Returns the last stage's reports."""
     iterators = [iter(rows) for _ in model]  # every virtual chunk walks the same rows
     return get_forward_backward_func()(
