@@ -30,6 +30,10 @@ def knobs(parallel: ParallelConfig, world: int) -> Iterator[tuple[tuple[str, ...
         yield ("parallel.sequence=true",), replace(parallel, sequence=True)
     if parallel.recompute != "full":
         yield ("parallel.recompute=full",), replace(parallel, recompute="full")
+    expert = 2 * parallel.expert
+    while expert <= 64 and world // parallel.pipeline % expert == 0:  # a dense model refuses them
+        yield (f"parallel.expert={expert}",), replace(parallel, expert=expert)
+        expert *= 2
     tensor = 2 * parallel.tensor
     while tensor <= 8 and world % (tensor * parallel.pipeline) == 0:
         words = (f"parallel.tensor={tensor}", "parallel.sequence=true")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,10 +24,12 @@ class Meter(TorchDispatchMode):
     peak: int
     """Most bytes since the start, or since `restart`."""
     sent: Counter[str]
-    """Bytes handed to collectives, by their name (all_reduce, all_gather, reduce_scatter, send, …) and group."""
+    """Bytes handed to collectives, by their name (all_reduce, all_gather, reduce_scatter, send, …)."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Mapping[str, dist.ProcessGroup] | None = None) -> None:
+        """groups: what is put before the names of collectives over some of them."""
         super().__init__()
+        self._groups = {group.group_name: before for before, group in (groups or {}).items()}
         self.live = self.peak = 0
         self.sent = Counter()
         self._known: set[int] = set()
@@ -68,5 +72,8 @@ class Meter(TorchDispatchMode):
 
     def _collective(self, func: Any, args: Any) -> None:
         name = func.overloadpacket.__name__.strip("_")
+        for given, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.name == "process_group":
+                name = self._groups.get(dist.ProcessGroup.unbox(given).group_name, "") + name
         tensors = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
         self.sent[name] += sum(t.nbytes for t in tensors)

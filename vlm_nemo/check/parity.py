@@ -129,6 +129,8 @@ def possible(subject: Subject, parallel: ParallelConfig) -> tuple[list[tuple[int
     """(processes, case) of what this model can do; and why the others were left out."""
     found, left_out = [], {}
     for name, (world, rows, fields) in CASES.items():
+        if "expert" in fields and subject.model.language.moe.experts is None:
+            continue
         layout = replace(parallel, **(PLAIN | fields))
         try:
             check_layout(layout, subject.model, world_size=world, global_packs=len(ROWS))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_nemo.check.advice import Knob, first_that_fits
-from vlm_nemo.check.needs import StageNeeds, stage_needs
+from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
 from vlm_nemo.check.timeline import Timeline, one_f_one_b
 from vlm_nemo.model.batch import ModelBatch
@@ -110,9 +110,13 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         ],
         bad=frozenset(i for i, s in enumerate(stages) if s.peak > limit),
     )
+    sparse = job.model.language.moe.experts is not None
     work = Table(
         title="a step of one replica",
-        columns=("stage", "parts", "TFLOP", "share", "tensor group MB", "to stages MB", "data group MB"),
+        columns=(
+            *("stage", "parts", "TFLOP", "share", "tensor group MB", "to stages MB", "data group MB"),
+            *(("experts M", "to experts MB") if sparse else ()),
+        ),
         rows=[
             (
                 str(s.stage),
@@ -122,6 +126,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 f"{_tensor_bytes(s) / 1e6:,.0f}",
                 f"{(s.sent.get('send', 0)) / 1e6:,.0f}",
                 f"{s.data_sent / 1e6:,.0f}",
+                *((f"{s.experts / 1e6:,.1f}", f"{_expert_bytes(s) / 1e6:,.0f}") if sparse else ()),
             )
             for s, busy in zip(stages, line.busy, strict=True)
         ],
@@ -161,8 +166,13 @@ def _help(job: Job, limit: int) -> str:
 
 
 def _tensor_bytes(stage: StageNeeds) -> int:
-    """In forward and backward, all that does not go to another stage goes to the tensor group."""
-    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv"))
+    """In forward and backward, all that goes neither to another stage nor to experts goes to the tensor group."""
+    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv")) - _expert_bytes(stage)
+
+
+def _expert_bytes(stage: StageNeeds) -> int:
+    """Tokens gathered for experts, and what these give; in a rehearsal every expert gets its even share."""
+    return sum(size for name, size in stage.sent.items() if name.startswith(EXPERTS))
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:

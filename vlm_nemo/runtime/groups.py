@@ -192,6 +192,13 @@ def tensor_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
+def experts_group() -> dist.ProcessGroup:
+    """Ranks that hand one another their tokens for the experts of a layer."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_expert_tensor_and_model_parallel_group()
+
+
 def replica_group() -> dist.ProcessGroup:
     """Ranks that hold one replica of the model (tensor x pipeline); the first has tensor rank 0 of the first stage."""
     from megatron.core import parallel_state
