@@ -98,7 +98,7 @@ def measure() -> None:
     """Write families.json."""
     import torch
 
-    from tests.families.pairs import SIZES, copy_weights, hf_logits, sample
+    from tests.families.pairs import copy_weights, hf_logits, sample, sizes_of
     from tests.families.test_parity import packed
     from tests.weights import zoo
     from tests.weights.published import published
@@ -117,7 +117,7 @@ def measure() -> None:
             chunks = build_model(cfg, ParallelConfig(), "fp32", 0)
             copy_weights(theirs, chunks, cfg)
             largest = 0.0
-            for sizes in SIZES.values():
+            for sizes in sizes_of(cfg).values():
                 one = sample(cfg, words, sizes)
                 ours = chunks[0].eval()(packed(cfg, words, [one]), gather_logits=True)[0]
                 largest = max(largest, float((ours - hf_logits(theirs, cfg, one, sizes, words.image_id)).abs().max()))

@@ -30,3 +30,7 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check)
 echo "installing into .venv: a few minutes the first time"
 "${pip[@]}" install -q -c constraints.txt torch
 "${pip[@]}" install -q -c constraints.txt -e '.[dev,nemo,serve,export,rtx]'
+# What some of transformers' processors ask for, for their tests alone and out of everybody else's way: torchvision's
+# wheel is a CUDA build, which does not load beside this torch without help (tests/weights/auto_processor.py).
+[ -d .venv/processors/torchvision ] ||
+    "${pip[@]}" install -q -c constraints.txt --no-deps --target .venv/processors torchvision num2words

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -196,18 +197,33 @@ def test_validate_and_cfg_stop_before_the_work(capsys: pytest.CaptureFixture[str
         ),
         (dict(tensor=8), 8, 8, "parallel.tensor=8 does not divide model.language.num_heads=4"),
         (dict(pipeline=8), 8, 8, "parallel.pipeline=8 is deeper than model.language.num_layers=4"),
+        (dict(pipeline=3, layers=[2, 2]), 3, 3, r"parallel.layers=\[2, 2\] must be 3 numbers \(parallel.pipeline=3\)"),
         (
-            dict(pipeline=3),
-            3,
-            3,
-            "parallel.pipeline=3 does not divide model.language.num_layers=4; .* 1 or 2 or 4 chunks",
+            dict(pipeline=2, layers=[4, 0]),
+            2,
+            8,
+            "at least 1 each but for the first, that sum to model.language.num_layers=4; or ",
         ),
+        (dict(pipeline=2, layers=[1, 2]), 2, 8, "sum to model.language.num_layers=4"),
+        (dict(pipeline=2, virtual=2, layers=[2, 2]), 2, 8, "must be 4 numbers .* x parallel.virtual=2"),
+        (dict(tensor=4, vision=2), 4, 8, r"parallel.vision=2: .*parallel.tensor=4\) or whole on every rank \(1\)"),
+        (dict(vision=2), 1, 8, "parallel.vision=2: "),
         (dict(pipeline=2, virtual=4), 2, 8, r"parallel.pipeline=2 x parallel.virtual=4 is deeper than"),
         (dict(virtual=2), 1, 8, "parallel.virtual=2 needs parallel.pipeline > 1"),
         (dict(pipeline=2, virtual=2), 4, 2, "the interleaved schedule .* make data.global_packs a multiple of 4 or"),
         (dict(pipeline=2, virtual=2), 2, 3, "the interleaved schedule .* make data.global_packs a multiple of 2 or"),
-        (dict(context=2), 2, 8, "parallel.context=2 is not supported by this version"),
+        (dict(context=0), 1, 8, "parallel.context=0: the smallest is 1"),
+        (dict(tensor=2, context=2), 2, 8, "parallel.context=2 takes a multiple of 4 ranks, and 2 were started"),
+        (dict(context=2), 6, 8, "6 ranks make 3 data-parallel ranks, .* start 4 ranks or"),
+        (dict(context=3), 3, 8, "parallel.context=3 cuts each row into 6 chunks, .* make it a multiple of 6$"),
         (dict(sequence=True), 1, 8, "parallel.sequence=true needs parallel.tensor > 1"),
+        (dict(overlap_param_gather=True), 2, 8, "overlap_param_gather=true needs parallel.overlap_grad_reduce=true"),
+        (
+            dict(overlap_param_gather=True, overlap_grad_reduce=True, distributed_optimizer=False),
+            2,
+            8,
+            "overlap_param_gather=true needs parallel.distributed_optimizer=true",
+        ),
         (dict(tensor=0), 1, 8, "parallel.tensor=0: the smallest is 1"),
         (dict(tensor=2), 3, 8, "takes a multiple of 2 ranks, and 3 were started"),
         (dict(tensor=2, pipeline=2), 1, 8, "takes a multiple of 4 ranks, and 1 was started"),
@@ -220,7 +236,7 @@ def test_validate_and_cfg_stop_before_the_work(capsys: pytest.CaptureFixture[str
         (dict(tensor=2), 16, 4, "16 ranks make 8 data-parallel ranks, .* start 8 ranks or"),
     ],
 )
-def test_a_layout_that_does_not_fit(layout: dict[str, int], world: int, packs: int, says: str) -> None:
+def test_a_layout_that_does_not_fit(layout: dict[str, Any], world: int, packs: int, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         check_layout(ParallelConfig(**layout), tiny_model(), world_size=world, global_packs=packs, capacity=64)
     assert "\n" not in str(caught.value)
@@ -292,6 +308,10 @@ def test_rows_are_cut_evenly_under_sequence_parallelism() -> None:
     with pytest.raises(UserError, match="data.pack.capacity=63; make it a multiple of 2"):
         check_layout(layout, tiny_model(), world_size=2, global_packs=8, capacity=63)
     check_layout(layout, tiny_model(), world_size=2, global_packs=8, capacity=64)
+    layout = ParallelConfig(tensor=2, sequence=True, context=3)
+    with pytest.raises(UserError, match=r"into 6 chunks and .* over 6 ranks, .*capacity=64; make it a multiple of 6$"):
+        check_layout(layout, tiny_model(), world_size=6, global_packs=8, capacity=64)
+    check_layout(layout, tiny_model(), world_size=6, global_packs=8, capacity=66)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def of_root(verbs: Iterable[Verb]) -> str:
     lines = ["vlm-nemo: train vision-language models with megatron-core", "", "usage: vlm-nemo VERB [key=value …]", ""]
     examples = []
     for verb in verbs:
-        lines.append(f"  {verb.name:10}{verb.summary}")
+        lines.append(f"  {verb.name:12}{verb.summary}")
         examples.append(f"  {verb.examples[0]}")
     return "\n".join([*lines, "", "examples:", *examples[:2], "", FOOTER])
 

@@ -25,27 +25,29 @@ class Words:
     recipe: str | None
 
 
-def translate(words: Sequence[str], root: type, *, recipes: bool, positional: str | None) -> Words:
+def translate(words: Sequence[str], root: type, *, recipes: bool, positional: Sequence[str] = ()) -> Words:
     """`key=value` words -> Hydra overrides for a verb with this root.
 
     checkpoint=DIR   -> checkpoint.load=DIR
     recipe=NAME      -> Words.recipe                      (where the verb takes recipes)
-    PATH             -> <positional>=PATH                 (where the verb has such a key)
+    WORD …           -> <positional>=WORD …               (one after the other, where the verb has such keys)
     text keys        -> quoted, so that spaces, commas, brackets and quotes arrive as typed
 
     Raises UserError for a word that is no `key=value` and for a key that does not exist.
     """
     overrides: list[str] = []
     recipe: str | None = None
+    bare = iter(positional)
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not re.fullmatch(r"[~+]{0,2}[\w.<>-]+", key):
-            if positional is None or word.startswith(("-", "~", "+")):
-                if word.startswith("~"):
-                    overrides.append(_removal(word, root))
-                    continue
+            if word.startswith("~"):
+                overrides.append(_removal(word, root))
+                continue
+            place = None if word.startswith(("-", "+")) else next(bare, None)
+            if place is None:
                 raise UserError(f"cannot read {word!r}: expected key=value")
-            key, value = positional, word
+            key, value = place, word
         key = key.lstrip("+")
         if key == "recipe" and recipes:
             recipe = value

@@ -64,6 +64,8 @@ class Images(Generic[Array]):
     """[M] int64: >= 0 an embedding, -1 - k the projector's extra row k; [M, 4] where there are shares"""
     shares: Array | None = None
     """[M, 4] float32: how much of each of four sources stands there (LLaVA-OneVision scales many tiles down)"""
+    tilings: Array | None = None
+    """[N, 2] int64: rows and columns of tiles of every image, for a tower that tells arrangements apart (Llama 3.2)"""
 
     @property
     def count(self) -> int:
@@ -108,6 +110,12 @@ class PackedBatch:
             int((self.labels[start:end] != IGNORE_INDEX).sum()) for start, end in zip(bounds, bounds[1:], strict=False)
         ]
         return self.cu_seqlens.new_tensor(counts).long()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample, padding left out."""
+        bounds = [c for c in self.cu_seqlens.tolist() if c <= self.used_tokens]
+        return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
 
     @property
     def supervised(self) -> int:

@@ -13,14 +13,15 @@ import torch
 
 from tests import runs
 from vlm_nemo.check import dry as dries
-from vlm_nemo.check import sources as readers
 from vlm_nemo.check.audit import audit, vision_balance
 from vlm_nemo.check.dry import judged, one_step, reader
 from vlm_nemo.check.labels import label_faults
 from vlm_nemo.check.report import Finding
-from vlm_nemo.check.sources import absent, open_sources
+from vlm_nemo.check.sources import absent, spoken_samples
 from vlm_nemo.config import Config, build, compose
 from vlm_nemo.data import pieces
+from vlm_nemo.data.sources import open_sources, template_of
+from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.overrides import translate
 from vlm_nemo.train import step
@@ -28,12 +29,12 @@ from vlm_nemo.types import UserError
 
 
 def config(shards: Path, *words: str) -> Config:
-    asked = translate([*runs.TINY, *runs.data_words(shards), *words], Config, recipes=True, positional=None)
+    asked = translate([*runs.TINY, *runs.data_words(shards), *words], Config, recipes=True, positional=())
     return build(compose("train", Config, asked.overrides, asked.recipe), Config)
 
 
 def audited(cfg: Config, samples: int = 200, replicas: int = 2) -> Finding:
-    sources = open_sources(cfg.data, spec_of(cfg.model), seed=cfg.seed)
+    sources = open_sources(cfg.data, spec_of(cfg.model), Tokenizer(cfg.data.tokenizer), seed=cfg.seed)
     return audit(sources, samples=samples, max_tokens=cfg.model.language.max_positions, replicas=replicas)
 
 
@@ -54,8 +55,8 @@ def test_the_recipes_labels_are_its_answers(shards: Path, monkeypatch: pytest.Mo
     cfg = config(shards)
 
     def faults() -> list[str]:
-        sources = open_sources(cfg.data, spec_of(cfg.model), seed=cfg.seed)
-        spoken = sources.spoken(50)
+        sources = open_sources(cfg.data, spec_of(cfg.model), Tokenizer(cfg.data.tokenizer), seed=cfg.seed)
+        spoken = spoken_samples(sources, 50)
         assert len(spoken) == 50
         return label_faults(spoken, sources.encoder.tokenizer, sources.encoder.template)
 
@@ -73,7 +74,7 @@ def test_what_is_not_here_is_named(shards: Path, tmp_path: Path) -> None:
     assert absent(moved) == f"data.sources.captions.path={tmp_path}/gone is not here"
     assert absent(replace(cfg.data, tokenizer="nowhere")) == "data.tokenizer=nowhere is not here"
     with pytest.raises(UserError, match="data.template=vicunna is unknown"):
-        readers.template_of(replace(cfg.data, template="vicunna"))
+        template_of(replace(cfg.data, template="vicunna"))
 
 
 def stepped(cfg: Config) -> Finding:

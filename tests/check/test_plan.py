@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
 from vlm_nemo.check.needs import EXPERTS, StageNeeds
-from vlm_nemo.check.plan import GIB, Job, needs, plan
+from vlm_nemo.check.plan import GIB, Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.data.layout.images import plan_image
@@ -19,8 +19,10 @@ from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import MoeConfig
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.step import run_schedule
@@ -40,7 +42,15 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
         micro_packs=1,
         capacity=capacity,
         world=world,
-        batch=model_batch(row, cfg, image_token=IMAGE, device=torch.device("cpu")),
+        batch=lambda layout: model_batch(
+            row,
+            cfg,
+            image_token=IMAGE,
+            device=torch.device("cpu"),
+            context=(0, layout.context),
+            sharing=(0, image_ranks(layout)),
+        ),
+        work=work_of([row], cfg),
     )
 
 
@@ -53,9 +63,9 @@ def measured(made: Job) -> int:
         model = optim.wrap(chunks, made.parallel)
         for chunk in model:
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
-        run_schedule(model, [made.batch])
+        run_schedule(model, [made.batch(made.parallel)])
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            run_schedule(model, [made.batch])
+            run_schedule(model, [made.batch(made.parallel)])
         groups.stop()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0
@@ -65,9 +75,11 @@ def measured(made: Job) -> int:
     return peak
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_predicted_memory_is_what_the_step_took(recompute: str) -> None:
-    made = job(ParallelConfig(recompute=recompute))
+@pytest.mark.parametrize(("recompute", "vision"), [("none", None), ("selective", None), ("full", None), ("full", 1e-3)])
+def test_predicted_memory_is_what_the_step_took(recompute: str, vision: float | None) -> None:
+    """vision: the tower's rate, where it learns; then it recomputes too."""
+    made = job(ParallelConfig(recompute=recompute, recompute_vision="full" if vision else "none"))
+    made = replace(made, optim=replace(made.optim, vision_lr=vision))
     (predicted,) = needs(made)
     assert predicted.activations == pytest.approx(measured(made), rel=0.02)
     fixed = predicted.weights + predicted.gradients
@@ -121,6 +133,16 @@ def test_experts_are_shared_out_and_their_tokens_counted() -> None:
     assert finding.tables[1].columns[-2:] == ("experts M", "to experts MB")
 
 
+def test_what_a_checkpoint_copies_is_told() -> None:
+    """Weights and moments of what is trained, shared out over the replicas."""
+    made = job(ParallelConfig(), world=2)
+    found = plan(made, memory_gib=80, reserve_gib=6, assumed="")
+    trained = found.data["stages"][0]["trained"]
+    copied = _copied(made, [StageNeeds(**found.data["stages"][0])])
+    assert copied == trained * 12 / 2
+    assert f"copies {copied / GIB:.2f} GiB a rank to the host's memory" in found.notes[-1]
+
+
 def test_half_precision_halves_weights_and_adds_fp32_copies() -> None:
     (full,), (half,) = needs(job(ParallelConfig())), needs(job(ParallelConfig(), precision="bf16"))
     assert half.weights * 2 == full.weights
@@ -132,7 +154,9 @@ def test_what_does_not_fit_is_said_with_a_knob_that_helps(tmp_path: Path) -> Non
     made = job(ParallelConfig(), world=2)
     (stage,) = needs(made)
     (again,) = needs(replace(made, parallel=replace(made.parallel, recompute="full")))
-    limit = (stage.peak + again.peak) / 2 / GIB
+    (part,) = needs(replace(made, parallel=replace(made.parallel, recompute="selective")))
+    assert stage.peak > part.peak > again.peak
+    limit = (part.peak + again.peak) / 2 / GIB
     finding = plan(made, memory_gib=limit, reserve_gib=0.0, assumed="made up")
     assert not finding.ok
     assert "parallel.recompute=full" in finding.verdict
@@ -154,3 +178,15 @@ def test_peaks_add_up() -> None:
     (stage,) = needs(job(ParallelConfig()))
     assert isinstance(stage, StageNeeds)
     assert stage.peak == stage.weights + stage.gradients + stage.optimizer + stage.activations
+
+
+def test_context_ranks_hold_half_of_a_row() -> None:
+    """Activations halve but for what images and the keys of the whole row take; every parameter is on both."""
+    (alone,) = needs(job(ParallelConfig(), capacity=4096))
+    (half,) = needs(job(ParallelConfig(context=2), world=2, capacity=4096))
+    assert half.weights == alone.weights and half.optimizer == pytest.approx(alone.optimizer / 2, rel=0.01)
+    assert alone.activations / 2 < half.activations < alone.activations * 0.7
+    assert half.data_sent > 0
+    both = 4 * 4096 * 2 * 2 * 8 * 4 * 8  # layers, tokens, keys and values, heads, their width, fp32, micro-batches
+    assert half.sent["context allgather_base"] == both
+    assert half.sent["context reduce_scatter_base"] == both // 2

@@ -306,13 +306,13 @@ def test_other_formats_cut_in_the_middle_are_refused(form: str) -> None:
 
 def test_image_spec_counts_placeholders() -> None:
     layout = LayoutConfig()
-    assert count_tokens(image_spec(layout, size=336, patch=14), (40, 30)) == 576
-    assert count_tokens(image_spec(layout, size=64, patch=16, class_token=True), (40, 30)) == 17
-    assert count_tokens(image_spec(layout, size=64, patch=16, reduce="average_pool", factor=2), (40, 30)) == 4
-    assert count_tokens(image_spec(layout, size=48, patch=16, reduce="hidden_stride", factor=2), (40, 30)) == 4
-    assert count_tokens(image_spec(layout, size=64, patch=16, queries=7, reduce="merge", factor=3), (40, 30)) == 7
-    assert count_tokens(image_spec(layout, size=64, patch=16, cross_attention=True), (40, 30)) == 1
-    assert count_tokens(image_spec(layout, size=384, patch=14), (40, 30)) == 27 * 27, "SigLIP leaves six pixels out"
+    assert count_tokens(image_spec(layout, size=336, patch=14), [(40, 30)]) == 576
+    assert count_tokens(image_spec(layout, size=64, patch=16, class_token=True), [(40, 30)]) == 17
+    assert count_tokens(image_spec(layout, size=64, patch=16, reduce="average_pool", factor=2), [(40, 30)]) == 4
+    assert count_tokens(image_spec(layout, size=48, patch=16, reduce="hidden_stride", factor=2), [(40, 30)]) == 4
+    assert count_tokens(image_spec(layout, size=64, patch=16, queries=7, reduce="merge", factor=3), [(40, 30)]) == 7
+    assert count_tokens(image_spec(layout, size=64, patch=16, cross_attention=True), [(40, 30)]) == 1
+    assert count_tokens(image_spec(layout, size=384, patch=14), [(40, 30)]) == 27 * 27, "SigLIP leaves six pixels out"
     with pytest.raises(UserError, match="patch_size=66"):
         image_spec(layout, size=65, patch=66)
     with pytest.raises(UserError, match="aspect=stretch"):

@@ -80,9 +80,9 @@ def test_a_sidecar_is_written_whole(tmp_path: Path) -> None:
 
 
 def test_vision_cost_is_the_patches_that_are_computed() -> None:
-    assert vision_cost(image_spec(LayoutConfig(), size=336, patch=14), (640, 480)) == 576
-    assert vision_cost(image_spec(LayoutConfig(aspect="crop"), size=64, patch=16, class_token=True), (40, 30)) == 16
-    assert vision_cost(image_spec(LayoutConfig(), size=64, patch=16, reduce="merge", factor=2), (40, 30)) == 16
+    assert vision_cost(image_spec(LayoutConfig(), size=336, patch=14), [(640, 480)]) == 576
+    assert vision_cost(image_spec(LayoutConfig(aspect="crop"), size=64, patch=16, class_token=True), [(40, 30)]) == 16
+    assert vision_cost(image_spec(LayoutConfig(), size=64, patch=16, reduce="merge", factor=2), [(40, 30)]) == 16
 
 
 def test_a_loader_tells_the_first_lengths_of_its_order(prepared: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -108,7 +108,7 @@ def test_a_loader_tells_the_first_lengths_of_its_order(prepared: Path, tmp_path:
     for position in range(100):
         source, _, number = mixture[position]
         record = folders[source].record(number)
-        images = [plain(count_tokens(SPEC, size)) for size in record.sizes]
+        images = [plain(count_tokens(SPEC, [size])) for size in record.sizes]
         length = len(encode_conversation(record.messages, tokenizer, TEMPLATES["short"], images).tokens)
         assert found[position] == (length if length <= 30 else 0)
     assert 0 in found[:100]

@@ -28,6 +28,13 @@ SIZES: dict[str, Sizes] = {"none": [], "one": [(37, 23)], "two": [(21, 41), (50,
 """Width and height of the images of a conversation: odd ones."""
 
 
+def sizes_of(cfg: ModelConfig) -> dict[str, Sizes]:
+    """The same for a family's twin; of tiles of 8 pixels such that images have one, two and three of four."""
+    if cfg.vision.tiles is None:
+        return SIZES
+    return {"none": [], "one": [(15, 8)], "two": [(8, 8), (8, 19)]}
+
+
 def png(width: int, height: int, seed: int) -> bytes:
     """A random picture."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

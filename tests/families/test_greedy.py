@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.families.pairs import SIZES, png
+from tests.families.pairs import png, sizes_of
 from tests.weights import zoo
 from vlm_nemo.data.image import decode_images, plan_images
 from vlm_nemo.data.sample import EncodedSample
@@ -50,7 +50,7 @@ def test_greedy_ids_are_transformers(tmp_path: Path, name: str) -> None:
     llm, words = LLM(str(tmp_path / "hf")), Tokenizer(tmp_path / "hf")
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
     asked, expected = [], []
-    for sizes in SIZES.values():
+    for sizes in sizes_of(cfg).values():
         files = [png(*size, seed) for seed, size in enumerate(sizes)]
         prompt = "<image>" * len(files) + "What colour is the star?"
         expected.append(by_transformers(cfg, words, theirs, prompt, files, sizes))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.families.pairs import SIZES, copy_weights, hf_inputs, hf_logits, sample
+from tests.families.pairs import copy_weights, hf_inputs, hf_logits, sample, sizes_of
 from tests.ranks import run_ranks
 from tests.weights import zoo
 from vlm_nemo.data.packing import pack_batch
@@ -50,8 +50,9 @@ def packed(cfg: ModelConfig, words: Tokenizer, samples: list[EncodedSample], pad
 
 def expected(cfg: ModelConfig, words: Tokenizer, theirs: Any) -> tuple[list[EncodedSample], list[Tensor]]:
     """Conversations without, with one and with two images, and transformers' logits [T, V] of each."""
-    samples = [sample(cfg, words, own) for own in SIZES.values()]
-    logits = [hf_logits(theirs, cfg, s, own, words.image_id) for s, own in zip(samples, SIZES.values(), strict=True)]
+    sizes = sizes_of(cfg).values()
+    samples = [sample(cfg, words, own) for own in sizes]
+    logits = [hf_logits(theirs, cfg, s, own, words.image_id) for s, own in zip(samples, sizes, strict=True)]
     return samples, logits
 
 
@@ -70,7 +71,7 @@ def test_logits_and_loss_are_transformers(name: str) -> None:
     assert (ours(row, gather_logits=True)[0, : len(together)] - together).abs().max() < WITHIN
     assert together.abs().max() > 1, "logits must be large to show anything"
     labels = torch.cat([torch.tensor([*s.labels[1:], IGNORE_INDEX]) for s in samples])
-    loss = (ours(row)[0] * row.loss_mask[0]).sum() / row.loss_mask.sum()
+    loss = ours(row).sum() / row.loss_mask.sum()
     assert loss.item() == pytest.approx(F.cross_entropy(together, labels, ignore_index=IGNORE_INDEX).item(), abs=1e-5)
 
 
@@ -80,10 +81,10 @@ def test_transformers_own_loss_is_ours(name: str) -> None:
     cfg, words, theirs = pair(name)
     chunks = build_model(cfg, ParallelConfig(), "fp32", 0)
     copy_weights(theirs, chunks, cfg)
-    sizes = SIZES["one"]
+    sizes = sizes_of(cfg)["one"]
     one = sample(cfg, words, sizes)
     row = packed(cfg, words, [one])
-    loss = (chunks[0].eval()(row)[0] * row.loss_mask[0]).sum() / row.loss_mask.sum()
+    loss = chunks[0].eval()(row).sum() / row.loss_mask.sum()
     given = hf_inputs(cfg, one, sizes, words.image_id)
     assert loss.item() == pytest.approx(theirs(**given, labels=torch.tensor([list(one.labels)])).loss.item(), abs=1e-5)
 
@@ -115,7 +116,11 @@ def forward(chunk: Any, batch: ModelBatch) -> Tensor | None:
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return chunk(batch, gather_logits=True)[0]
     width = chunk.config.hidden_size
-    hidden = torch.empty(batch.tokens.shape[1], 1, width)
+    length = batch.tokens.shape[1]
+    if chunk.looks:  # the features travel behind the tokens
+        assert batch.views is not None
+        length += sum(1 + rows * columns for rows, columns in batch.views.grids)
+    hidden = torch.empty(length, 1, width)
     if not chunk.pre_process:
         dist.recv(hidden, src=0)
         chunk.set_input_tensor([hidden])

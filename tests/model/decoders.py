@@ -22,11 +22,13 @@ from vlm_nemo.model.boxes import local_parameters
 from vlm_nemo.model.build import mark_split
 from vlm_nemo.model.cache import CachedStep, KVCache, cached_step
 from vlm_nemo.model.config import LanguageConfig, RopeScaling
+from vlm_nemo.model.head import Targets, targets_of
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.segments import Segments, make_segments
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import optim, step
 from vlm_nemo.train.config import OptimConfig
+from vlm_nemo.types import IGNORE_INDEX
 from vlm_nemo.weights.names.languages import DECODER, HEAD_NAME
 from vlm_nemo.weights.transforms import Sizes
 
@@ -291,12 +293,16 @@ class TextBatch:
     """A row of decoder input."""
 
     tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
+    targets: Targets | None
     positions: Tensor
     segments: Segments | CachedStep
     embeds: Tensor
     slots: Tensor
+
+    @property
+    def loss_mask(self) -> Tensor:
+        assert self.targets is not None
+        return self.targets.weights
 
 
 class TextModel(MegatronModule):
@@ -325,7 +331,7 @@ class TextModel(MegatronModule):
             position_ids=batch.positions,
             attention_mask=None,
             decoder_input=x,
-            labels=None if gather_logits else batch.labels,
+            labels=None if gather_logits else batch.targets,
             packed_seq_params=batch.segments,
             runtime_gather_output=gather_logits or None,
         )
@@ -376,12 +382,11 @@ def row(kind: Kind, samples: Sequence[Sample], capacity: int) -> TextBatch:
     blocks = None
     if kind.cfg.image_attention == "bidirectional":
         blocks = torch.cat([*(s.blocks for s in samples), torch.full((tail,), -1)])
-    mask = torch.cat([*((torch.arange(len(s.tokens)) * 2 > len(s.tokens)).float() for s in samples), torch.zeros(tail)])
+    mask = torch.cat([*((torch.arange(len(s.tokens)) * 2 > len(s.tokens)) for s in samples), torch.zeros(tail) > 0])
     cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return TextBatch(
         tokens=tokens[None],
-        labels=tokens.roll(-1)[None],
-        loss_mask=mask[None],
+        targets=targets_of(torch.where(mask, tokens.roll(-1), IGNORE_INDEX)),
         positions=positions[:, None],
         segments=make_segments(cu, capacity - tail, blocks=blocks),
         embeds=torch.cat([s.embeds for s in samples]),
@@ -462,8 +467,7 @@ def greedy(
         )
         batch = TextBatch(
             tokens=tokens[None],
-            labels=tokens[None],
-            loss_mask=torch.zeros(1, len(tokens)),
+            targets=None,
             positions=positions[:, None],
             segments=places,
             embeds=embeds,

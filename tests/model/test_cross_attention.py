@@ -25,6 +25,7 @@ from vlm_nemo.model.looks import make_looks
 from vlm_nemo.model.vlm import VLM, check_looks
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import check_layout
 from vlm_nemo.types import UserError
 from vlm_nemo.weights.transforms import GATE_UP, IDENTITY, KV, QKV, Sizes
 
@@ -185,24 +186,30 @@ def whole(chunk: VLM, samples: list[Sample]) -> np.ndarray:
 
 def test_who_looks_where() -> None:
     looks = make_looks([0, 6, 8, 11], [1, 4, 8], [2, 3, 4])
-    assert looks.ranges == ((0, 1, 0, 5), (1, 4, 0, 2), (4, 6, 2, 5), (8, 11, 5, 9))
+    assert looks.ranges == ((0, 1, ((0, 5),)), (1, 4, ((0, 2),)), (4, 6, ((2, 5),)), (8, 11, ((5, 9),)))
     assert looks.seen.flatten().tolist() == [False, *[True] * 5, False, False, *[True] * 3]
     neighbours = make_looks([0, 5], [1, 2], [2, 3])
-    assert neighbours.ranges == ((0, 1, 0, 5), (1, 2, 0, 2), (2, 5, 0, 5))
+    assert neighbours.ranges == ((0, 1, ((0, 5),)), (1, 2, ((0, 2),)), (2, 5, ((0, 5),)))
+    filled = make_looks([0, 5], [1, 2], [4, 3], [2, 3])  # the first image's last two features only fill it up
+    assert filled.ranges == ((0, 1, ((0, 7),)), (1, 2, ((0, 2),)), (2, 5, ((0, 2), (4, 7))))
     assert make_looks([0, 5], [], []).ranges == ()
 
 
 @pytest.mark.parametrize(
-    ("layers", "kind", "parallel", "key"),
+    ("layers", "kind", "key"),
     [
-        ([], "cross_attention", {}, "model.language.cross_attention_layers"),
-        ([1], "mlp", {}, "model.projector.kind=mlp"),
-        ([4], "cross_attention", {}, "4 layers"),
-        ([1], "cross_attention", {"virtual": 2}, "parallel.virtual=1"),
+        ([], "cross_attention", "model.language.cross_attention_layers"),
+        ([1], "mlp", "model.projector.kind=mlp"),
+        ([4], "cross_attention", "4 layers"),
     ],
 )
-def test_refuses(layers: list[int], kind: str, parallel: dict[str, int], key: str) -> None:
+def test_refuses(layers: list[int], kind: str, key: str) -> None:
     cfg = looking_model()
     cfg.language.cross_attention_layers, cfg.projector.kind = layers, kind
     with pytest.raises(UserError, match=key):
-        check_looks(cfg, ParallelConfig(**parallel))
+        check_looks(cfg)
+
+
+def test_refuses_virtual_stages() -> None:
+    with pytest.raises(UserError, match="set parallel.virtual=1"):
+        check_layout(ParallelConfig(pipeline=2, virtual=2), looking_model(), world_size=2)

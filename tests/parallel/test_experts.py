@@ -44,14 +44,16 @@ TWO: list[Layout] = [
     dict(tensor=2, **PLAIN),
     dict(tensor=2, sequence=True, expert=2, recompute="full", **PLAIN),
     dict(tensor=2, expert=2, **PLAIN),
+    dict(pipeline=2, recompute="selective", **PLAIN),
+    dict(context=2, expert=2, **PLAIN),
     dict(expert=2, **PLAIN),
     dict(expert=2),
-    dict(pipeline=2, **PLAIN),
     dict(pipeline=2, virtual=2, recompute="full", **PLAIN),
 ]
 FOUR: list[Layout] = [
-    dict(tensor=2, sequence=True, expert=2),
+    dict(tensor=2, sequence=True, expert=2, overlap_grad_reduce=True, overlap_param_gather=True),
     dict(tensor=2, expert=4, **PLAIN),
+    dict(context=2, tensor=2, sequence=True, expert=4, **PLAIN),
     dict(expert=2),
     dict(pipeline=2, expert=2, **PLAIN),
 ]
@@ -84,7 +86,8 @@ class Run:
         """As the whole job sees it."""
         mine = (rows(number) if batch is None else batch)[self.ranks.data_rank :: self.ranks.data]
         where = device.device()
-        batches = [model_batch(r, self.cfg, image_token=tiny.IMAGE, device=where) for r in mine]
+        context = (self.ranks.context_rank, self.ranks.context)
+        batches = [model_batch(r, self.cfg, image_token=tiny.IMAGE, device=where, context=context) for r in mine]
         optim.set_rates(self.optimizer, self.rates, number, STEPS)
         clip = 0.0 if number == 1 else self.rates.clip_grad  # the first step's gradients are compared as they are
         found = step.train_step(self.model, self.optimizer, batches, clip)

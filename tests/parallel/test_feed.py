@@ -24,9 +24,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, dict(pipeline=2)),
     "pp2_vpp2": (2, dict(pipeline=2, virtual=2)),
     "dp2": (2, dict()),
+    "cp2": (2, dict(context=2)),
     "tp2_pp2": (4, dict(tensor=2, pipeline=2)),
     "pp4": (4, dict(pipeline=4)),
     "pp2_dp2": (4, dict(pipeline=2)),
+    "cp2_pp2": (4, dict(context=2, pipeline=2)),
+    "cp2_tp2_sp": (4, dict(context=2, tensor=2, sequence=True)),
 }
 
 
@@ -83,7 +86,10 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
         for number in range(1, STEPS + 1):
             data = feed.next()
             assert feed.wait_s > 0 and len(data.batches) == 8 // ranks.data // micro
-            batches = [model_batch(b, cfg, image_token=image, device=device.device()) for b in data.batches]
+            place = (ranks.context_rank, ranks.context)
+            batches = [
+                model_batch(b, cfg, image_token=image, device=device.device(), context=place) for b in data.batches
+            ]
             optim.set_rates(optimizer, rates, number, STEPS)
             result = step.train_step(model, optimizer, batches, rates.clip_grad)
             speaks = ranks.last_stage and ranks.tensor_rank == 0
@@ -94,9 +100,10 @@ def train(prepared: Path, layout: dict[str, Any], micro: int) -> dict[str, Any]:
             has_images = sum(b.images.patches.numel() for b in data.batches) > 0
             has_labels = all((b.labels != IGNORE_INDEX).any() for b in data.batches)
             reader = feed.loader is not None
-            assert reader == (ranks.first_stage and ranks.tensor_rank == 0)
+            head = ranks.first_stage and ranks.tensor_rank == 0
+            assert reader == (head and ranks.context_rank == 0)
             assert (has_tokens, has_images) == (ranks.first_stage, ranks.first_stage)
-            assert has_labels == (ranks.last_stage or reader)
+            assert has_labels == (ranks.last_stage or head)
         feed.close()
         ShardFolder.images, ShardFolder.record = images, record  # type: ignore[method-assign]
         found["reads"] = len(reads)
@@ -128,7 +135,7 @@ def test_one_rank_reads_and_all_train(world: int, measured: Path, one_process: d
     all_ranks = run_ranks(train_all, world, measured, cases)
     for number, (layout, micro) in enumerate(cases):
         ranks = [found[number] for found in all_ranks]
-        replicas = world // layout.get("tensor", 1) // layout.get("pipeline", 1)
+        replicas = world // layout.get("tensor", 1) // layout.get("pipeline", 1) // layout.get("context", 1)
         assert sum(found["reader"] for found in ranks) == replicas, layout
         for found in ranks:
             assert (found["reads"] > 0) == found["reader"], layout
@@ -179,7 +186,7 @@ def errors(prepared: Path, layout: dict[str, Any]) -> list[tuple[str, str, float
     return heard
 
 
-@pytest.mark.parametrize("layout", [dict(tensor=2), dict(pipeline=2)], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("layout", [dict(tensor=2), dict(pipeline=2), dict(context=2)], ids=["tp2", "pp2", "cp2"])
 def test_an_error_of_the_reader_is_everybodys(measured: Path, layout: dict[str, Any]) -> None:
     reader, other = run_ranks(errors, 2, measured, layout, timeout=120)
     kinds = ["UserError"] * 3

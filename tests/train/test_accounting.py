@@ -10,7 +10,7 @@ from tests.ranks import run_ranks
 from vlm_nemo.data.config import DataConfig, SourceConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.sample import BROKEN_IMAGE, TOO_LONG, WRONG_LENGTH, Drop
-from vlm_nemo.train.accounting import Accounting, sample_lengths
+from vlm_nemo.train.accounting import Accounting
 from vlm_nemo.train.config import OptimConfig, TrainerConfig
 from vlm_nemo.types import UserError
 
@@ -93,5 +93,5 @@ def test_a_source_is_judged_by_its_own_budget() -> None:
 def test_lengths_of_samples_leave_the_padding_out() -> None:
     from tests.tiny import row, sample
 
-    assert sample_lengths(row([sample(0, 9, 0), sample(1, 20, 0)], 48)) == [9, 20]
-    assert sample_lengths(row([sample(0, 28, 0), sample(1, 20, 0)], 48)) == [28, 20]
+    assert row([sample(0, 9, 0), sample(1, 20, 0)], 48).lengths == [9, 20]
+    assert row([sample(0, 28, 0), sample(1, 20, 0)], 48).lengths == [28, 20]

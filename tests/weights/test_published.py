@@ -53,6 +53,8 @@ MILLIONS = {
     "smolvlm_500m": 507,
     "smolvlm2_2.2b": 2246,
     "blip2_vicuna_7b": 7900,
+    "llama32_vision_11b": 10670,
+    "llama32_vision_90b": 88593,
 }
 """Parameters of the published models (millions; of blip2_vicuna_7b, which nobody published, the parts')."""
 
@@ -129,5 +131,7 @@ def test_our_model_of_that_size_is_built_and_has_these_shapes(name: str) -> None
         named = VLM(cfg, ParallelConfig(), torch.bfloat16).named_parameters()
         built = {name.replace(".local_experts.", "."): tuple(p.shape) for name, p in named}
     assert built == expected
-    plan = plan_image(spec_of(cfg), (1024, 768))
-    assert plan.embeddings == sum(view_tokens(spec_of(cfg), grid) for grid in plan.grids)
+    spec = spec_of(cfg)
+    plan = plan_image(spec, (1024, 768))
+    grids = plan.grids if spec.tiles is None else [spec.grid] * spec.tiles
+    assert plan.embeddings == sum(view_tokens(spec, grid) for grid in grids)

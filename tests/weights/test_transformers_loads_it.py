@@ -184,12 +184,14 @@ def test_a_family_s_chat_template_says_what_training_saw(tmp_path: Path, family:
         said = theirs.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         assert said.count(mark) == 1 if mark else "<image>" not in said
         assert said.index(QUESTION) >= said.index(mark)
+        assert not template.preamble or template.preamble not in said, "of conversations without images"
     assert template_of(tmp_path / "back") == FAMILIES[family].template
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_s_processor_is_found(tmp_path: Path, family: str) -> None:
-    """By AutoProcessor; where its class has a part for videos, which needs torchvision, by its other parts."""
+    """By AutoProcessor; where its class has a part for videos, which needs torchvision (test_auto_processor.py), by its
+    other parts."""
     name = next(name for name in zoo.MODELS if zoo.config(name).family == family)
     cfg, words = zoo.config(name), zoo.write_words(tmp_path / "words", family)
     back = tmp_path / "back"

@@ -14,7 +14,7 @@ from tests.weights import twins
 from tests.weights.published import hf_model, published
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.config import ModelConfig, MoeConfig
-from vlm_nemo.model.twin import twin
+from vlm_nemo.model.twin import VOCABULARY, twin
 from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.preprocessing import preprocessor_config, processor_config
 
@@ -39,6 +39,7 @@ MODELS = {
     "idefics3": "idefics3_8b",
     "smolvlm": "smolvlm2_2.2b",
     "blip2": "blip2_vicuna_7b",
+    "mllama": "llama32_vision_11b",
 }
 """What tests call a model -> its file in conf/model. The first of a family is enough where a test is slow."""
 
@@ -75,6 +76,7 @@ SPECIAL: dict[str, list[str]] = {
     "idefics3": ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>", *_TILES],
     "smolvlm": ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>", *_TILES],
     "blip2": [],
+    "mllama": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"],
 }
 """What a family's layout, template and processor put between the words, beside <pad> <s> </s> <image>."""
 PLACEHOLDER = {
@@ -83,6 +85,7 @@ PLACEHOLDER = {
     "qwen2_5_vl": "<|image_pad|>",
     "ovis2": "<IMG_ATOM>",
     "gemma3": "<image_soft_token>",
+    "mllama": "<|image|>",
 }
 """The image token, where it is not <image>."""
 
@@ -100,7 +103,11 @@ def write_words(folder: Path, family: str) -> Tokenizer:
     content = json.loads((folder / "tokenizer.json").read_text())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    for number, name in enumerate(SPECIAL[family], rows):
+    names = list(SPECIAL[family])
+    if family == "mllama":  # its image token is the first that the head has no row for
+        names += [f"<|reserved_special_token_{n}|>" for n in range(VOCABULARY - rows - len(names))]
+        names.append("<|image|>")
+    for number, name in enumerate(names, rows):
         content["added_tokens"].append({"id": number, "content": name, **flags})
     settings["image_token"] = PLACEHOLDER.get(family, "<image>")
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -118,6 +125,8 @@ def random_model(cfg: ModelConfig, words: Any) -> nn.Module:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             if cfg.projector.num_layers == 1 and ".linear_2." in name:
                 parameter.copy_(torch.eye(len(parameter)) if parameter.dim() == 2 else torch.zeros(len(parameter)))
+            if parameter.numel() == 1:  # a gate: nearly shut, it would hide what it lets through
+                parameter.fill_(0.8)
     model.tie_weights()
     return model.eval()
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from vlm_nemo.check.report import Finding, Table
-from vlm_nemo.check.sources import Sources
 from vlm_nemo.data.encode import PlannedSample
 from vlm_nemo.data.packing import share_out
 from vlm_nemo.data.prepare.advice import WARN_BELOW, advise, percent
 from vlm_nemo.data.sample import Drop, NothingUsable, SampleError
+from vlm_nemo.data.sources import Sources
 
 READ = 64
 """Samples that are read and decoded."""

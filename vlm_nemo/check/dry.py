@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from vlm_nemo.check.report import Finding, Table
-from vlm_nemo.check.sources import open_sources
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.loader import Loader, StepData
+from vlm_nemo.data.sources import open_sources
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
@@ -73,7 +73,9 @@ def reader(cfg: ModelConfig) -> ModelConfig:
     return replace(
         small,
         layout=cfg.layout,
-        vision=replace(small.vision, image_size=seen.image_size, patch_size=seen.patch_size, window=seen.window),
+        vision=replace(
+            small.vision, image_size=seen.image_size, patch_size=seen.patch_size, window=seen.window, tiles=seen.tiles
+        ),
         projector=replace(small.projector, num_queries=cfg.projector.num_queries),
         language=replace(small.language, vocab_size=cfg.language.vocab_size, max_positions=cfg.language.max_positions),
     )
@@ -137,7 +139,11 @@ def shortened(data: DataConfig, cfg: ModelConfig, seed: int) -> DataConfig:
     room = LOGITS // cfg.language.vocab_size // 64 * 64
     if room >= data.pack.capacity:
         return data
-    first = open_sources(data, spec_of(cfg), seed=seed).planner(cfg.language.max_positions).step(ROWS)
+    first = (
+        open_sources(data, spec_of(cfg), Tokenizer(data.tokenizer), seed=seed)
+        .planner(cfg.language.max_positions)
+        .step(ROWS)
+    )
     longest = max(sample.length for row in first.rows for sample in row)
     capacity = min(data.pack.capacity, max(room, -(-longest // 64) * 64))
     return replace(data, pack=replace(data.pack, capacity=capacity))

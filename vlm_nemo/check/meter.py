@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,12 +25,13 @@ class Meter(TorchDispatchMode):
     peak: int
     """Most bytes since the start, or since `restart`."""
     sent: Counter[str]
-    """Bytes handed to collectives, by their name (all_reduce, all_gather, reduce_scatter, send, …)."""
+    """Bytes handed to collectives, by their name: all_reduce, all_gather, reduce_scatter, send, …; those of a group
+    that is counted apart with its word in front: context all_gather."""
 
-    def __init__(self, groups: Mapping[str, dist.ProcessGroup] | None = None) -> None:
-        """groups: what is put before the names of collectives over some of them."""
+    def __init__(self, apart: Mapping[str, dist.ProcessGroup] | None = None) -> None:
+        """apart: groups by the word that they are counted under."""
         super().__init__()
-        self._groups = {group.group_name: before for before, group in (groups or {}).items()}
+        self._words = {group.group_name: f"{word} " for word, group in (apart or {}).items()}
         self.live = self.peak = 0
         self.sent = Counter()
         self._known: set[int] = set()
@@ -72,8 +74,8 @@ class Meter(TorchDispatchMode):
 
     def _collective(self, func: Any, args: Any) -> None:
         name = func.overloadpacket.__name__.strip("_")
-        for given, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.name == "process_group":
-                name = self._groups.get(dist.ProcessGroup.unbox(given).group_name, "") + name
         tensors = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
-        self.sent[name] += sum(t.nbytes for t in tensors)
+        found = [a for a in tree_leaves(args) if isinstance(a, torch.ScriptObject)]
+        group = [a for a in found if "ProcessGroup" in str(a._type())]
+        word = self._words.get(dist.ProcessGroup.unbox(group[0]).group_name, "") if group else ""
+        self.sent[word + name] += sum(t.nbytes for t in tensors)

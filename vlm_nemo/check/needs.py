@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_nemo.check.meter import Meter
 from vlm_nemo.check.world import pretend, shapes_only
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.boxes import is_shared
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
@@ -27,13 +28,13 @@ ADAM = 8
 """Bytes a trained parameter: AdamW's two moments in fp32."""
 MASTER = 4
 """Bytes a trained parameter in bf16: AdamW's fp32 copy."""
-EXPERTS = "experts "
-"""Before the names of collectives that carry tokens to experts and back."""
+EXPERTS = "experts"
+"""Word before the names of collectives that carry tokens to experts and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageNeeds:
-    """Of the first tensor rank of a pipeline stage. Sizes are bytes."""
+    """Of the first tensor and context rank of a pipeline stage. Sizes are bytes."""
 
     stage: int
     parameters: dict[str, int]
@@ -46,17 +47,17 @@ class StageNeeds:
     gradients: int
     """megatron's fp32 buffers, padding included."""
     optimizer: int
-    """AdamW's moments, and fp32 copies of half-precision weights; this data rank's share."""
+    """AdamW's moments, and fp32 copies of half-precision weights; this rank's share of data x context."""
     activations: int
     """The rest of what is alive at the worst moment of the schedule."""
     forward_flops: float
     """Of one micro-batch, matrix products and attention as they are computed: padding included."""
     backward_flops: float
     sent: dict[str, int] = field(default_factory=dict)
-    """Collective -> bytes that this rank hands in during a step: those of the tensor group, between stages, and those
-    of the experts' group, which begin with EXPERTS."""
+    """Collective -> bytes that this rank hands in during a step: those of the tensor group, between stages, of the
+    context group and of the experts' (meter.py)."""
     data_sent: int = 0
-    """The same over the data group: fp32 gradients reduced, weights gathered."""
+    """The same over data x context ranks: fp32 gradients reduced, weights gathered."""
 
     @property
     def peak(self) -> int:
@@ -75,12 +76,13 @@ def stage_needs(
     micro: int,
 ) -> StageNeeds:
     """Run the schedule of `stage` with as many of its `micro` micro-batches as it ever holds at once."""
-    per_stage = world // parallel.pipeline  # megatron numbers tensor, then data, then pipeline ranks
+    per_stage = world // parallel.pipeline  # megatron numbers tensor, then context, data, pipeline ranks
     with pretend(parallel, world=world, rank=stage * per_stage) as ranks:
         kinds = range(parallel.virtual) if parallel.virtual > 1 else [None]
         chunks = [VLM(cfg, parallel, device.PRECISIONS[precision], vp_stage=kind) for kind in kinds]
         optim.freeze(chunks, optim.part_rates(optimizer))
-        model = optim.wrap(chunks, parallel)
+        # What overlaps needs no more memory, and cannot end where nothing finishes the step
+        model = optim.wrap(chunks, replace(parallel, overlap_grad_reduce=False, overlap_param_gather=False))
         for chunk in model:  # what finishes a step's gradients sums over the data group: counted below
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
         parameters: dict[str, int] = {}
@@ -99,7 +101,10 @@ def stage_needs(
         batches = [batch] * _enough(parallel, micro)
         with FlopCounterMode(display=False) as forward:
             run_schedule(model, batches, forward_only=True)
-        meter = Meter({EXPERTS: groups.experts_group()})
+        apart = {"context": groups.context_group()} if parallel.context > 1 else {}
+        if cfg.language.moe.experts is not None:
+            apart[EXPERTS] = groups.experts_group()
+        meter = Meter(apart)
         weights = meter.include([[p.data for p in chunk.parameters()] for chunk in chunks])
         gradients = meter.include([_gradients(chunk) for chunk in model])
         meter.restart()
@@ -107,15 +112,22 @@ def stage_needs(
             run_schedule(model, batches)
         with FlopCounterMode(display=False) as both:
             run_schedule(model, batches)
-        copies = {"dense": ranks.data, "spread": per_stage // (parallel.expert * parallel.expert_tensor)}
+        copies = {  # ranks that hold the same parameters, each with gradients of other tokens
+            "dense": ranks.data * ranks.context,
+            "spread": per_stage // (parallel.expert * parallel.expert_tensor),
+        }
         split = {kind: count if parallel.distributed_optimizer else 1 for kind, count in copies.items()}
         state = sum(n * (ADAM + (MASTER if precision == "bf16" else 0)) // split[kind] for kind, n in learn.items())
+        shared = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_shared(p))
     total = both.get_total_flops() / len(batches)
     first = forward.get_total_flops() / len(batches)
     scale = micro / len(batches)
     data_sent = sum(
         4 * n + n * (2 if precision == "bf16" else 4) // split[kind] for kind, n in learn.items() if copies[kind] > 1
     )
+    sent = {name: round(size * scale) for name, size in meter.sent.items()}
+    if shared:  # their fp32 gradients are averaged over the tensor group, where a step's gradients are finished
+        sent["allreduce"] = sent.get("allreduce", 0) + 4 * shared
     return StageNeeds(
         stage=stage,
         parameters=parameters,
@@ -127,7 +139,7 @@ def stage_needs(
         activations=meter.peak - weights - gradients,
         forward_flops=first,
         backward_flops=total - first,
-        sent={name: round(size * scale) for name, size in meter.sent.items()},
+        sent=sent,
         data_sent=data_sent,
     )
 

@@ -27,19 +27,26 @@ GRADIENT = 1e-4
 TIMEOUT = 600.0
 """Seconds that all cases of one number of processes may take."""
 
+OVERLAPPED: dict[str, Any] = dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "packed": (1, "packed", {}),
     "packed, two rows at once": (1, "double", {}),
-    "recompute": (1, "packed", dict(recompute="full")),
+    "recompute": (1, "packed", dict(recompute="full", recompute_vision="full")),
+    "recompute selective": (1, "packed", dict(recompute="selective")),
     "tensor 2": (2, "packed", dict(tensor=2)),
     "tensor 2, sequence": (2, "packed", dict(tensor=2, sequence=True)),
     "tensor 2, sequence, recompute": (2, "packed", dict(tensor=2, sequence=True, recompute="full")),
     "pipeline 2": (2, "packed", dict(pipeline=2)),
     "pipeline 2, virtual 2": (2, "packed", dict(pipeline=2, virtual=2)),
+    "tensor 2, images shared out": (2, "packed", dict(tensor=2, vision=1, sequence=True)),
+    "pipeline 2, layers 1 and 3": (2, "packed", dict(pipeline=2, layers=[1, 3])),
     "data 2": (2, "packed", {}),
     "data 2, distributed optimizer": (2, "packed", dict(distributed_optimizer=True)),
     "expert 2": (2, "packed", dict(expert=2)),
     "tensor 2, sequence, expert 2": (2, "packed", dict(tensor=2, sequence=True, expert=2)),
+    "context 2": (2, "packed", dict(context=2)),
+    "context 2, recompute": (2, "packed", dict(context=2, recompute="full")),
+    "data 2, overlapped": (2, "packed", OVERLAPPED),
     "tensor 4, sequence": (4, "packed", dict(tensor=4, sequence=True)),
     "pipeline 4": (4, "packed", dict(pipeline=4)),
     "tensor 2, pipeline 2, sequence": (4, "packed", dict(tensor=2, pipeline=2, sequence=True)),
@@ -54,18 +61,29 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         dict(tensor=2, expert=4, distributed_optimizer=True),
     ),
     "expert 2, data 4, distributed optimizer": (4, "packed", dict(expert=2, distributed_optimizer=True)),
+    "context 4": (4, "packed", dict(context=4)),
+    "context 2, tensor 2, sequence": (4, "packed", dict(context=2, tensor=2, sequence=True)),
+    "context 2, tensor 2, images shared out": (4, "packed", dict(context=2, tensor=2, vision=1, sequence=True)),
+    "context 2, pipeline 2, virtual 2": (4, "packed", dict(context=2, pipeline=2, virtual=2)),
+    "context 2, data 2, distributed optimizer": (4, "packed", dict(context=2, distributed_optimizer=True)),
     "pipeline 2, data 2, distributed optimizer": (4, "packed", dict(pipeline=2, distributed_optimizer=True)),
+    "pipeline 2, data 2, overlapped": (4, "packed", dict(pipeline=2, **OVERLAPPED)),
 }
 """Name -> processes, rows, and what differs from one process. All are tried that the twin's sizes allow."""
 PLAIN: dict[str, Any] = dict(
     tensor=1,
+    vision=None,
     pipeline=1,
     virtual=1,
+    layers=[],
     context=1,
     expert=1,
     sequence=False,
     distributed_optimizer=False,
+    overlap_grad_reduce=False,
+    overlap_param_gather=False,
     recompute="none",
+    recompute_vision="none",
 )
 
 

@@ -8,17 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_nemo.check.advice import Knob, first_that_fits
+from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
 from vlm_nemo.check.timeline import Timeline, one_f_one_b
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.share import uneven
+from vlm_nemo.model.stages import Work, chunk_layers, costs_of, resolved
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import check_layout
+from vlm_nemo.runtime.layout import check_layout, image_ranks
 from vlm_nemo.train.config import OptimConfig
+from vlm_nemo.train.optim import learns
 
 GIB = 2**30
+SYSTEM = "CUDA, NCCL and the allocator"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +37,14 @@ class Job:
     micro_packs: int
     capacity: int
     world: int
-    batch: ModelBatch
-    """A typical micro-batch."""
+    batch: Callable[[ParallelConfig], ModelBatch]
+    """A typical micro-batch, as the first context rank of a layout gets it."""
+    work: Work
+    """Rows by which pipeline stages are balanced."""
 
     @property
     def replicas(self) -> int:
-        return self.world // (self.parallel.tensor * self.parallel.pipeline)
+        return self.world // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
 
     @property
     def micro(self) -> int:
@@ -56,19 +62,26 @@ def needs(job: Job) -> list[StageNeeds]:
         micro_packs=job.micro_packs,
         capacity=job.capacity,
     )
+    parallel = as_trained(job)
+    batch = job.batch(parallel)
     return [
         stage_needs(
             job.model,
-            job.parallel,
+            parallel,
             job.precision,
             job.optim,
-            lambda change: changed(job.batch, change),
+            lambda change: changed(batch, change),
             world=job.world,
             stage=stage,
             micro=job.micro,
         )
         for stage in range(job.parallel.pipeline)
     ]
+
+
+def as_trained(job: Job) -> ParallelConfig:
+    """The layout with its stages balanced, as training does it."""
+    return resolved(job.model, job.parallel, learns(job.optim), job.work)
 
 
 def changed(batch: ModelBatch, change: Callable[[Tensor], Tensor]) -> ModelBatch:
@@ -93,6 +106,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     limit = round((memory_gib - reserve_gib) * GIB)
     stages = needs(job)
     line = timeline(stages, job.micro)
+    layers = chunk_layers(job.model.language.num_layers, as_trained(job))
     worst = max(stages, key=lambda s: s.peak)
     fits = worst.peak <= limit
     recomputed: list[StageNeeds] | list[None] = _with_recompute(job) or [None] * len(stages)
@@ -114,19 +128,23 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     work = Table(
         title="a step of one replica",
         columns=(
-            *("stage", "parts", "TFLOP", "share", "tensor group MB", "to stages MB", "data group MB"),
+            *("stage", "parts", "layers", "TFLOP", "share", "tensor group MB"),
+            *(("context group MB",) if job.parallel.context > 1 else ()),
+            *("to stages MB", "data group MB"),
             *(("experts M", "to experts MB") if sparse else ()),
         ),
         rows=[
             (
                 str(s.stage),
                 " ".join(s.parameters),
-                f"{busy / 1e12 * job.parallel.tensor:,.2f}",
+                "+".join(str(count) for count in layers[s.stage :: job.parallel.pipeline]),
+                f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
                 f"{_tensor_bytes(s) / 1e6:,.0f}",
+                *((f"{_apart_bytes(s, 'context') / 1e6:,.0f}",) if job.parallel.context > 1 else ()),
                 f"{(s.sent.get('send', 0)) / 1e6:,.0f}",
                 f"{s.data_sent / 1e6:,.0f}",
-                *((f"{s.experts / 1e6:,.1f}", f"{_expert_bytes(s) / 1e6:,.0f}") if sparse else ()),
+                *((f"{s.experts / 1e6:,.1f}", f"{_apart_bytes(s, EXPERTS) / 1e6:,.0f}") if sparse else ()),
             )
             for s, busy in zip(stages, line.busy, strict=True)
         ],
@@ -135,7 +153,8 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     verdict = where
     if job.parallel.pipeline > 1:
         verdict += f"; the pipeline waits {line.bubble:.1%} of its time, its busiest stage does {line.balance:.2f} x"
-        verdict += " the mean"
+        costs = costs_of(job.model, job.parallel, learns(job.optim), job.work)
+        verdict += f" the mean ({better_cut(costs, as_trained(job))})"
     if not fits:
         verdict = f"{where}; {_help(job, limit)}"
     return Finding(
@@ -143,36 +162,68 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         ok=fits,
         verdict=verdict,
         tables=[table, work],
-        notes=[assumed, f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to CUDA, NCCL and the allocator"],
+        notes=[
+            assumed,
+            *_shared_images(job),
+            f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}",
+            f"a checkpoint in the background (checkpoint.asynchronous) copies {_copied(job, stages) / GIB:.2f} GiB a "
+            "rank to the host's memory",
+        ],
         figures=[("memory of a rank by stage", _memory(stages, limit))],
-        data={"stages": [asdict(s) for s in stages], "bubble": line.bubble, "balance": line.balance, "limit": limit},
+        data={
+            "stages": [asdict(s) for s in stages],
+            "layers": layers,
+            "bubble": line.bubble,
+            "balance": line.balance,
+            "limit": limit,
+        },
     )
 
 
+def _shared_images(job: Job) -> list[str]:
+    """How evenly a row's images are shared out over tensor and context ranks, where they are."""
+    if (sharing := image_ranks(job.parallel)) == 1:
+        return []
+    busiest = uneven(job.model, job.work.grids, sharing, job.work.views)
+    return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
+
+
+def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:
+    """Bytes of what is trained that a rank of the fullest stage writes: ranks share out what they all hold."""
+    element = 2 if job.precision == "bf16" else 4
+    holders = job.replicas * job.parallel.context
+    whole = 1 if job.parallel.distributed_optimizer else holders
+    return max(s.trained * element / holders + s.optimizer / whole for s in stages)
+
+
 def _with_recompute(job: Job) -> list[StageNeeds] | None:
-    if job.parallel.recompute == "full":
-        return None
-    return needs(replace(job, parallel=replace(job.parallel, recompute="full")))
+    again = replace(job.parallel, recompute="full")
+    if job.optim.vision_lr is not None:
+        again = replace(again, recompute_vision="full")
+    return None if again == job.parallel else needs(replace(job, parallel=again))
 
 
 def _help(job: Job, limit: int) -> str:
     def peak(parallel: ParallelConfig) -> int:
         return max(stage.peak for stage in needs(replace(job, parallel=parallel)))
 
-    found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak)
+    found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak, job.optim.vision_lr is not None)
     if found is None:
         return "no layout of these ranks helps: use more ranks, a shorter data.pack.capacity, or freeze a part"
     return f"{' '.join(found.words)} makes it {found.peak / GIB:.1f} GiB"
 
 
 def _tensor_bytes(stage: StageNeeds) -> int:
-    """In forward and backward, all that goes neither to another stage nor to experts goes to the tensor group."""
-    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv")) - _expert_bytes(stage)
+    """In forward and backward, what goes neither to another stage, nor to context ranks, nor to experts goes to the
+    tensor group."""
+    rest = sum(size for name, size in stage.sent.items() if name not in ("send", "recv"))
+    return rest - _apart_bytes(stage, "context") - _apart_bytes(stage, EXPERTS)
 
 
-def _expert_bytes(stage: StageNeeds) -> int:
-    """Tokens gathered for experts, and what these give; in a rehearsal every expert gets its even share."""
-    return sum(size for name, size in stage.sent.items() if name.startswith(EXPERTS))
+def _apart_bytes(stage: StageNeeds, word: str) -> int:
+    """Of collectives that are counted apart: keys and values of context ranks; tokens for experts and what these give,
+    where in a rehearsal every expert gets its even share."""
+    return sum(size for name, size in stage.sent.items() if name.startswith(f"{word} "))
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_nemo.data.encode import Encoder, PlannedSample
+from vlm_nemo.data.image import tilings_of
 from vlm_nemo.data.layout.plan import NAME, ImagePlan, Ints, Sources, offset
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.packing import pack_batch
@@ -52,6 +53,7 @@ def blank_images(spec: ImageSpec, plans: Sequence[ImagePlan], slots: Ints, sourc
         slots=slots,
         sources=sources[0],
         shares=sources[1],
+        tilings=tilings_of(plans, spec),
     )
 
 

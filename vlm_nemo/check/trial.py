@@ -25,6 +25,7 @@ from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.types import PackedBatch
 
 WITNESS = "witness.safetensors"
+GATE = 0.5
 RATE = 1e-2
 """Of the parts that learn: one update moves the loss visibly."""
 
@@ -75,13 +76,15 @@ def trial(subject: Subject, case: Case, rows: Sequence[PackedBatch], witness: Pa
     cfg, rates = subject.model, trial_rates(subject.optim)
     ranks = groups.lay_out(case.parallel, seed=0)
     chunks = build_model(cfg, case.parallel, "fp32", seed=0)
+    open_gates(chunks)
     optim.freeze(chunks, optim.part_rates(rates))
     model = optim.wrap(chunks, case.parallel)
     optimizer = optim.build_optimizer(rates, case.parallel, "fp32", model)
     step.prepare_model(model)
     optim.set_rates(optimizer, rates, 1, 2)
     mine = rows[ranks.data_rank :: ranks.data]
-    batches = [model_batch(row, cfg, image_token=subject.image_id, device=device.device()) for row in mine]
+    places = {"context": (ranks.context_rank, ranks.context), "sharing": chunks[0].image_place}
+    batches = [model_batch(row, cfg, image_token=subject.image_id, device=device.device(), **places) for row in mine]
     losses, norms = [], []
     largest: dict[str, float] = {}
     off: dict[str, float] = {}
@@ -98,6 +101,14 @@ def trial(subject: Subject, case: Case, rows: Sequence[PackedBatch], witness: Pa
             else:
                 largest = written(chunks, witness)
     return Outcome(loss=losses[0], later=losses[1], norm=norms[0], largest=largest, off=off)
+
+
+def open_gates(chunks: Sequence[VLM]) -> None:
+    """A fresh model's gates are shut, and nothing behind them would show."""
+    with torch.no_grad():
+        for local in local_parameters(chunks):
+            if local.boxes[0].key.endswith("_gate"):
+                local.parameter.fill_(GATE)
 
 
 def trial_rates(cfg: OptimConfig) -> OptimConfig:

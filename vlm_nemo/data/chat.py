@@ -18,15 +18,9 @@ from typing import NamedTuple
 from vlm_nemo.data.config import LayoutConfig
 from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.pieces import EncodedText, Writer, write_image, write_ours
-from vlm_nemo.data.sample import (
-    BAD_JSON,
-    IMAGE_WITHOUT_MARKER,
-    MARKER_WITHOUT_IMAGE,
-    NO_LABEL,
-    Message,
-    SampleError,
-)
+from vlm_nemo.data.sample import BAD_JSON, Message, SampleError
 from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.data.turns import check_images, check_roles, check_turns, count_markers
 from vlm_nemo.types import IMAGE_MARKER
 
 
@@ -38,6 +32,9 @@ class Template:
     """Text before the first turn; a message with role system takes its place."""
     system_start: str = ""
     system_end: str = ""
+    preamble: str = ""
+    """Put before the system's text where a conversation has no images, which then has a system block always
+    (Llama 3.2)."""
     system_in_turn: bool = False
     """The system's text stands behind the first user_start (Gemma)."""
     user_start: str = ""
@@ -68,6 +65,15 @@ _CHATML = Template(
     bos=False,
 )
 
+_LLAMA3 = Template(
+    system_start="<|start_header_id|>system<|end_header_id|>\n\n",
+    system_end="<|eot_id|>",
+    user_start="<|start_header_id|>user<|end_header_id|>\n\n",
+    user_end="<|eot_id|>",
+    assistant_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    assistant_end="<|eot_id|>",
+)
+
 TEMPLATES: dict[str, Template] = {
     # LLaVA-1.5: "A chat … USER: <image>\nQuestion ASSISTANT: Answer</s>USER: …"
     "vicuna": Template(
@@ -94,15 +100,10 @@ TEMPLATES: dict[str, Template] = {
         assistant_lead=" ",
         between=" ",
     ),
-    # LLaVA-NeXT on Llama 3, Llama 3.2 Vision
-    "llama3": Template(
-        system_start="<|start_header_id|>system<|end_header_id|>\n\n",
-        system_end="<|eot_id|>",
-        user_start="<|start_header_id|>user<|end_header_id|>\n\n",
-        user_end="<|eot_id|>",
-        assistant_start="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        assistant_end="<|eot_id|>",
-    ),
+    # LLaVA-NeXT on Llama 3
+    "llama3": _LLAMA3,
+    # Llama 3.2 Vision; the day is the one that its own template says where nobody gives another
+    "llama32": replace(_LLAMA3, preamble="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"),
     # InternVL
     "chatml": _CHATML,
     # Qwen2-VL, Qwen2.5-VL, Ovis2
@@ -171,7 +172,7 @@ def encode_prompt(
 
     messages end with the user's turn. Raises SampleError as `encode_conversation` does.
     """
-    _check_roles(messages)
+    check_roles(messages)
     if messages[-1]["role"] != "user":
         raise SampleError(BAD_JSON, f"a prompt ends with the user's turn, this one with {messages[-1]['role']!r}")
     opened: list[Message] = [*messages, {"role": "assistant", "content": ""}]
@@ -191,36 +192,6 @@ def check_names(template: Template, layout: LayoutConfig, tokenizer: Tokenizer) 
     end_id(tokenizer, template)
 
 
-def count_markers(messages: Sequence[Message]) -> int:
-    """Number of `<image>` in all turns."""
-    return sum(message["content"].count(IMAGE_MARKER) for message in messages)
-
-
-def check_images(messages: Sequence[Message], images: int) -> None:
-    """Raises SampleError if the number of `<image>` differs from the number of images."""
-    markers = count_markers(messages)
-    if markers != images:
-        reason = IMAGE_WITHOUT_MARKER if markers < images else MARKER_WITHOUT_IMAGE
-        raise SampleError(reason, f"{markers} {IMAGE_MARKER} in the text, {images} images")
-
-
-def check_turns(messages: Sequence[Message]) -> None:
-    """Raises SampleError if the roles do not take turns, or an assistant turn is empty or there is none."""
-    _check_roles(messages)
-    # Images in an answer (of documents) are context like any other; an answer needs a word of its own
-    answers = [m["content"].replace(IMAGE_MARKER, "") for m in messages if m["role"] == "assistant"]
-    if not answers or not all(answer.strip() for answer in answers):
-        raise SampleError(NO_LABEL, "no assistant turn" if not answers else "an assistant turn is empty")
-
-
-def _check_roles(messages: Sequence[Message]) -> None:
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    expected = ["user", "assistant"] * ((len(turns) + 1) // 2)
-    if not turns or turns != expected[: len(turns)]:
-        raise SampleError(BAD_JSON, f"turns must go user, assistant, user, …, not {', '.join(roles) or 'none'}")
-
-
 class _Piece(NamedTuple):
     """What lies between two answers, or an answer."""
 
@@ -233,7 +204,9 @@ def _pieces(messages: Sequence[Message], template: Template) -> Iterator[_Piece]
     system, ours = template.system, True
     if messages[0]["role"] == "system":
         system, messages, ours = messages[0]["content"], messages[1:], False
-    said = [(template.system_start, True), (system, ours), (template.system_end, True)] if system else []
+    preamble = "" if count_markers(messages) else template.preamble
+    said = [(template.system_start, True), (preamble, True), (system, ours), (template.system_end, True)]
+    said = said if preamble or system else []
     unspoken = [] if template.system_in_turn else said
     for i, message in enumerate(messages):
         if message["role"] == "user":

@@ -123,6 +123,8 @@ class LayoutConfig:
     max_unpadded: int | None = None
     """Of anyres: embeddings of the tiles, in whole tiles, beyond which they are scaled down (LLaVA-OneVision's
     anyres_max_9); null = never."""
+    tiles_if_alone: bool = False
+    """Of anyres: an image among several of its conversation is one padded view, without tiles (LLaVA-OneVision)."""
     min_tiles: int = 1
     """Of tiles: fewest."""
     max_tiles: int = 12

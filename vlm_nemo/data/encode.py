@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from vlm_nemo.data.augment import augment_image, augment_messages, changes_image
 from vlm_nemo.data.chat import Template, encode_conversation
 from vlm_nemo.data.config import AugmentConfig
 from vlm_nemo.data.image import decode_images
-from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.images import plan_sizes
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.pieces import EncodedText, image_tokens
 from vlm_nemo.data.resize import torch_resize
@@ -56,9 +56,9 @@ class Encoder:
         """Tokens and labels of a record. Raises SampleError."""
         return self._text(self.folders[source].record(number))
 
-    def image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens that stand for an image of (width, height) pixels, beside those of its record's text."""
-        return image_tokens(plan_image(self.spec, size), self.tokenizer)
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that stand for a record's images, (width, height) pixels each, beside those of its text."""
+        return sum(image_tokens(plan, self.tokenizer) for plan in plan_sizes(self.spec, sizes))
 
     def sample(self, planned: PlannedSample) -> EncodedSample:
         """Read and decode. Raises SampleError: what cannot be used, and a record that is not as long as planned (its
@@ -94,7 +94,7 @@ class Encoder:
         return printable(f"{folder.key(record)} ({origin})" if origin else folder.key(record))
 
     def _text(self, record: Record) -> EncodedText:
-        plans = [plan_image(self.spec, size) for size in record.sizes]
+        plans = plan_sizes(self.spec, record.sizes)
         return encode_conversation(record.messages, self.tokenizer, self.template, plans)
 
     def _rng(self, planned: PlannedSample) -> np.random.Generator | None:

@@ -6,6 +6,9 @@
     last       account, positions, labels        account, positions, labels
     only one   has the Loader; sends             all of it
 
+With several context ranks the table is that of each, all of whose ranks have the whole row; the first one has the
+Loader and hands all of it to the first ranks of the others.
+
 The account is what every rank books (the step's counts and drops, the loader's state); positions stands for positions,
 segment bounds, how many labels each segment has and the images' places, which layers may need everywhere. On the wire:
 JSON, then safetensors. An error of the reader goes the same way, so that all ranks of the replica raise it and none
@@ -36,7 +39,8 @@ from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch, UserError
 NO_TOKEN = -1
 """Stands for every token where none are needed: it is no placeholder and no word."""
 _PIXELS = "images.patches"
-_EVERYWHERE = ("positions", "cu_seqlens", *(f"images.{f.name}" for f in fields(Images) if f.name != "patches"))
+_COUNTS = "segment_labels"
+_EVERYWHERE = ("positions", "cu_seqlens", _COUNTS, *(f"images.{f.name}" for f in fields(Images) if f.name != "patches"))
 _FIRST = ("tokens", _PIXELS)
 _LAST = ("labels",)
 
@@ -55,8 +59,9 @@ class Feed:
         Raises what it raises, on every rank of the replica.
         """
         self._ranks = ranks
-        self._alone = ranks.tensor * ranks.pipeline == 1
-        self._reader = ranks.first_stage and ranks.tensor_rank == 0
+        self._alone = ranks.tensor * ranks.pipeline * ranks.context == 1
+        self._reader = ranks.reader
+        self._head = ranks.first_stage and ranks.tensor_rank == 0  # of its context rank
         self.wait_s = 0.0
         self.loader = None
         error: BaseException | None = None
@@ -91,36 +96,39 @@ class Feed:
             self.loader.close()
 
     def _share(self, data: StepData | None, error: BaseException | None) -> StepData:
-        account, parts = self._agree(_account(data) if data else {}, _everywhere(data) if data else {}, error)
+        account, parts = self._agree(_account(data) if data else {}, _parts(data) if data else {}, error)
         if self._ranks.first_stage and self._ranks.tensor > 1:
             names = _FIRST + _LAST if self._ranks.last_stage else _FIRST
-            sent = groups.broadcast_bytes(_pack({}, _parts(data, names)) if data else None, groups.tensor_group())
-            parts |= {} if data else _unpack(sent)[1]
+            sent = groups.broadcast_bytes(_pack({}, parts, names) if self._head else None, groups.tensor_group())
+            parts |= {} if self._head else _unpack(sent)[1]
         if self._ranks.pipeline > 1:
-            parts |= self._labels(data)
+            parts |= self._labels(parts)
         return data if data is not None else _rebuild(account, parts)
 
     def _agree(
         self, account: dict[str, Any], parts: dict[str, Tensor], error: BaseException | None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Hand the account on to the replica, or the error that took its place."""
-        if not self._alone:
-            told = {"error": [isinstance(error, UserError), _words(error)]} if error is not None else account
-            sent = _pack(told, parts) if self._reader else None
+        told = {"error": [isinstance(error, UserError), _words(error)]} if error is not None else account
+        if self._head and self._ranks.context > 1:
+            found = groups.broadcast_bytes(_pack(told, parts) if self._reader else None, groups.context_group())
+            told, parts = (told, parts) if self._reader else _unpack(found)
+        if self._ranks.tensor * self._ranks.pipeline > 1:
+            sent = _pack(told, parts, _EVERYWHERE) if self._head else None
             found = groups.broadcast_bytes(sent, groups.replica_group())
-            account, parts = (told, parts) if self._reader else _unpack(found)
+            told, parts = (told, parts) if self._head else _unpack(found)
         if error is not None:
             raise error
-        if "error" in account:
-            by_user, words = account["error"]
+        if "error" in told:
+            by_user, words = told["error"]
             raise UserError(words) if by_user else RuntimeError(f"the replica's reader failed: {words}")
-        return account, parts
+        return told, parts
 
-    def _labels(self, data: StepData | None) -> dict[str, Tensor]:
-        """From the reader to the last stage's first rank, then to its peers."""
+    def _labels(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the head to the last stage's first rank, then to its peers."""
         sent = None
-        if data is not None:
-            groups.send_bytes(_pack({}, _parts(data, _LAST)), groups.last_stage_rank())
+        if self._head:
+            groups.send_bytes(_pack({}, parts, _LAST), groups.last_stage_rank())
         if not self._ranks.last_stage:
             return {}
         if self._ranks.tensor_rank == 0:
@@ -145,13 +153,10 @@ def _account(data: StepData) -> dict[str, Any]:
     return account
 
 
-def _everywhere(data: StepData) -> dict[str, Tensor]:
-    counts = {f"{i}.segment_labels": batch.supervised_by_segment() for i, batch in enumerate(data.batches)}
-    return _parts(data, _EVERYWHERE) | counts
-
-
-def _parts(data: StepData, names: tuple[str, ...]) -> dict[str, Tensor]:
+def _parts(data: StepData) -> dict[str, Tensor]:
+    names = (*_EVERYWHERE, *_FIRST, *_LAST)
     found = {f"{i}.{name}": attrgetter(name)(batch) for i, batch in enumerate(data.batches) for name in names}
+    found |= {f"{i}.{_COUNTS}": batch.supervised_by_segment() for i, batch in enumerate(data.batches)}
     return {name: part for name, part in found.items() if part is not None}  # most rows have no shares
 
 
@@ -179,12 +184,13 @@ def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
     return StepData(batches=batches, **account)
 
 
-def _pack(account: dict[str, Any], parts: dict[str, Tensor]) -> bytes:
-    """Eight bytes that say how long the JSON is, the JSON, the tensors."""
+def _pack(account: dict[str, Any], parts: dict[str, Tensor], names: tuple[str, ...] | None = None) -> bytes:
+    """Eight bytes that say how long the JSON is, the JSON, the tensors (of these names; None: all)."""
     from safetensors.torch import save
 
     words = json.dumps(account).encode()
-    return len(words).to_bytes(8, "little") + words + save(parts)
+    chosen = {key: part for key, part in parts.items() if names is None or key.split(".", 1)[1] in names}
+    return len(words).to_bytes(8, "little") + words + save(chosen)
 
 
 def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vlm_nemo.data.header import PIL_ERRORS, open_image, read_header
 from vlm_nemo.data.layout.cut import Pixels, cut
-from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.images import plan_image, plan_sizes
 from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.pieces import EncodedText
@@ -68,7 +68,7 @@ def pil_resize(pixels: Pixels, height: int, width: int, resample: str = "bicubic
 def plan_images(images: Sequence[bytes], spec: ImageSpec) -> list[ImagePlan]:
     """The plans of encoded images, from their headers alone. Raises SampleError ("broken image", "image size")."""
     headers = [read_header(data) for data in images]
-    return [plan_image(spec, (header.width, header.height)) for header in headers]
+    return plan_sizes(spec, [(header.width, header.height) for header in headers])
 
 
 def decode_image(
@@ -99,7 +99,15 @@ def decode_images(
         slots=text.slots,
         sources=text.sources,
         shares=text.shares,
+        tilings=tilings_of(text.plans, spec),
     )
+
+
+def tilings_of(plans: Sequence[ImagePlan], spec: ImageSpec) -> NDArray[np.int64] | None:
+    """[N, 2]: see `Images.tilings`; None where no tower asks for them."""
+    if spec.tiles is None:
+        return None
+    return np.array([plan.tiling for plan in plans], dtype=np.int64).reshape(-1, 2)
 
 
 def _patches(
@@ -109,7 +117,7 @@ def _patches(
     out = np.empty((ends[-1], spec.patch * spec.patch * 3), dtype=np.uint8)
     for data, planned, start, end in zip(images, plans, ends[:-1], ends[1:], strict=True):
         pixels = _decode(data, _THREAD.scratch)
-        plan = plan_image(spec, (pixels.shape[1], pixels.shape[0]))
+        plan = plan_image(spec, (pixels.shape[1], pixels.shape[0]), len(images) == 1)
         if not plan.stands_like(planned):
             raise SampleError(
                 WRONG_LENGTH,

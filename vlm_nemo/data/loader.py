@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_nemo.data.augment import check_augment
-from vlm_nemo.data.chat import TEMPLATES, check_names
 from vlm_nemo.data.config import DataConfig
-from vlm_nemo.data.encode import Encoder, PlannedSample
+from vlm_nemo.data.encode import PlannedSample
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.ledger import check_budget, recent_samples
-from vlm_nemo.data.mixture import build_mixture, drawn
+from vlm_nemo.data.mixture import drawn
 from vlm_nemo.data.packing import pack_batch, share_out
-from vlm_nemo.data.planner import Plan, Planner
+from vlm_nemo.data.planner import Plan
 from vlm_nemo.data.sample import Drop, EncodedSample, SampleError
-from vlm_nemo.data.storage.cache import Cache
-from vlm_nemo.data.storage.folders import open_folder
+from vlm_nemo.data.sources import open_sources
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.types import PackedBatch, UserError
 
@@ -96,34 +94,19 @@ class Loader:
         of another data set.
         """
         _check(cfg, dp_size)
-        check_names(TEMPLATES[cfg.template], spec.layout, tokenizer)
         self._stop = threading.Event()
-        cache = Cache(cfg.store, self._stop)
-        folders = {
-            name: open_folder(cfg.sources[name].path, f"data.sources.{name}.path", cache=cache)
-            for name in drawn(cfg.sources)
-        }
-        records = {name: len(folder) for name, folder in folders.items()}
+        sources = open_sources(cfg, spec, tokenizer, seed=seed, stop=self._stop)
         self._cfg = cfg
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._encoder = Encoder(
-            folders=folders,
-            tokenizer=tokenizer,
-            template=TEMPLATES[cfg.template],
-            spec=spec,
-            augment=cfg.augment,
-            seed=seed,
-        )
-        mixture = build_mixture(cfg.sources, records, seed=seed, shuffle=cfg.shuffle)
-        self._planner = Planner(
-            self._encoder,
-            mixture,
-            capacity=cfg.pack.capacity,
-            pool=cfg.pack.pool,
-            max_tokens=max_tokens,
-            vision_capacity=cfg.pack.vision_capacity,
+        self._encoder = sources.encoder
+        self._planner = sources.planner(
+            max_tokens,
             names=dp_rank == 0,  # the replica of the one rank that tells them
-            patience={name: recent_samples(cfg.min_samples_before_stop) for name in folders if _limit(cfg, name) < 1},
+            patience={
+                name: recent_samples(cfg.min_samples_before_stop)
+                for name in drawn(cfg.sources)
+                if _limit(cfg, name) < 1
+            },
         )
         if dp_rank == 0:
             for name in self._planner.unmeasured:
@@ -135,7 +118,7 @@ class Loader:
                     cfg.template,
                 )
         # Before the thread, which looks at the same indexes
-        self.cycle = mixture.cycle
+        self.cycle = sources.mixture.cycle
         self.first_lengths = self._planner.lengths(LOOKED_AT) if dp_rank == 0 else []
         if state is not None:
             self._planner.load(state)
@@ -250,8 +233,6 @@ def _limit(cfg: DataConfig, source: str) -> float:
 
 def _check(cfg: DataConfig, dp_size: int) -> None:
     """Raises UserError for numbers that cannot work."""
-    if cfg.template not in TEMPLATES:
-        raise UserError(f"data.template={cfg.template} is unknown; choose one of {', '.join(TEMPLATES)}")
     check_budget("data", cfg.max_bad_fraction, cfg.min_samples_before_stop)
     for name, source in cfg.sources.items():
         if source.max_bad_fraction is not None:

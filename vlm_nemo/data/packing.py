@@ -209,6 +209,7 @@ def join_images(images: Sequence[Images[NDArray[Any]]], lengths: Sequence[int], 
     """
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
     sources, shares = offset([(i.sources, i.shares) for i in images], [int(i.embeddings.sum()) for i in images])
+    tilings = [i.tilings for i in images if i.tilings is not None]
     return Images(
         # Not torch.cat: see positions.py
         patches=np.concatenate([np.empty((0, patch * patch * 3), dtype=np.uint8), *(i.patches for i in images)]),
@@ -218,6 +219,7 @@ def join_images(images: Sequence[Images[NDArray[Any]]], lengths: Sequence[int], 
         slots=np.concatenate([_NONE, *(i.slots + start for i, start in zip(images, starts, strict=False))]),
         sources=sources,
         shares=shares,
+        tilings=np.concatenate(tilings) if tilings else None,
     )
 
 

@@ -108,7 +108,7 @@ class Planner:
         encoder, found = self._encoder, []
         for source, _, record in self._mixture.places(0, count):
             text = int(measured[source][record])
-            images = sum(encoder.image_tokens(size) for size in encoder.folders[source].sizes(record))
+            images = encoder.image_tokens(encoder.folders[source].sizes(record))
             found.append(text + images if text >= 0 and text + images <= self._max_tokens else 0)
         return found
 
@@ -171,7 +171,7 @@ class Planner:
             length, encoded = int(lengths[record]), None
             if length < 0:
                 raise SampleError(reason_of(length), "found when its length was measured")
-            length += sum(self._encoder.image_tokens(size) for size in sizes)
+            length += self._encoder.image_tokens(sizes)
         else:
             encoded = self._encoder.text(source, record)
             length = len(encoded.tokens)
@@ -180,7 +180,7 @@ class Planner:
                 TOO_LONG,
                 f"{length} tokens, the limit is {self._limit} (data.pack.capacity, model.language.max_positions)",
             )
-        cost = sum(vision_cost(spec, size) for size in sizes)
+        cost = vision_cost(spec, sizes)
         if self._vision_limit is not None and cost > self._vision_limit:
             raise SampleError(
                 TOO_LONG, f"{cost} patches, the limit is {self._vision_limit} (data.pack.vision_capacity)"

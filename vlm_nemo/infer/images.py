@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vlm_nemo.data.header import read_header
-from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.layout.images import plan_sizes
 from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.pieces import EncodedText
@@ -39,7 +39,7 @@ def plan_items(items: Sequence[ImageItem], spec: ImageSpec) -> list[ImagePlan]:
     """
     for number, item in enumerate(items):
         _check(item, number)
-    return [_plan(item, spec) for item in items]
+    return plan_sizes(spec, [_size(item, spec) for item in items])
 
 
 def decode_items(items: Sequence[ImageItem], spec: ImageSpec, text: EncodedText) -> Images[NDArray[Any]]:
@@ -139,15 +139,16 @@ def _check(item: object, number: int) -> None:
         )
 
 
-def _plan(item: ImageItem, spec: ImageSpec) -> ImagePlan:
+def _size(item: ImageItem, spec: ImageSpec) -> tuple[int, int]:
+    """(width, height)"""
     square = (spec.size, spec.size)
     if spec.layout.kind == "square":  # all sizes are alike: nothing is read
-        return plan_image(spec, square)
+        return square
     try:
         header = read_header(image_bytes(item))
     except (SampleError, OSError):
-        return plan_image(spec, square)
-    return plan_image(spec, (header.width, header.height))
+        return square
+    return header.width, header.height
 
 
 def _png(image: Image.Image) -> bytes:

@@ -104,8 +104,12 @@ def form_of(path: str | Path) -> str | None:
 
 
 def inference_layout(parallel: ParallelConfig) -> ParallelConfig:
-    """The same ranks, without what only training needs or can do; any checkpoint loads at any layout."""
-    return replace(parallel, virtual=1, sequence=False, expert=1, recompute="none", distributed_optimizer=False)
+    """The same ranks, without what only training needs or can do; any checkpoint loads at any layout.
+
+    Context ranks, which share a row, become replicas, which share the prompts, and each replica holds all experts.
+    """
+    alone = replace(parallel, virtual=1, layers=[], context=1, expert=1)
+    return replace(alone, sequence=False, recompute="none", distributed_optimizer=False)
 
 
 def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:

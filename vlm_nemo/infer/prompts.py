@@ -14,11 +14,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from vlm_nemo.data.chat import Template, count_markers, encode_prompt
+from vlm_nemo.data.chat import Template, encode_prompt
 from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.pieces import EncodedText
 from vlm_nemo.data.sample import Message
 from vlm_nemo.data.tokenizer import Tokenizer
+from vlm_nemo.data.turns import count_markers
 from vlm_nemo.infer.request import Prompt
 from vlm_nemo.types import IMAGE_MARKER, Images, UserError
 

@@ -97,10 +97,11 @@ class TorchBackend:
         lengths = [(row.slot, row.start, len(row.tokens)) for row in rows]
         bounds = [0, *accumulate(len(ids) for ids in tokens)]
         segments = cached_step(self._cache, lengths, where, blocks=blocks, looks=looks_of(joined, bounds, cfg))
-        views = vision_batch(joined.patches, joined.grids, cfg.vision) if joined.count else None
-        unused = torch.zeros(1, at, device=where)
+        views = vision_batch(joined.patches, joined.grids, cfg.vision, joined.tilings) if joined.count else None
+        unused = torch.zeros(0, device=where)
         return ModelBatch(
             tokens=torch.cat(tokens).to(where).unsqueeze(0),
+            supervised=unused.long(),
             labels=unused.long(),
             loss_mask=unused,
             positions=torch.cat([_positions(row) for row in rows], dim=1).to(where).unsqueeze(1),

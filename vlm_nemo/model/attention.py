@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_nemo.model.cache import CachedStep, attend_to_cache
-from vlm_nemo.model.segments import Segments
+from vlm_nemo.model.context import Keys, gather_keys
+from vlm_nemo.model.sdpa import block_attention, repeat_kv, segment_attention, tail_attention
+from vlm_nemo.model.segments import Reach, Segments
 
 
 class CoreAttention(nn.Module):
@@ -82,15 +85,52 @@ def packed_attention(
 
     window: how many tokens a query sees, itself included; those of its block behind it come on top. None: all.
     """
-    if window is not None and window >= segments.max_seqlen_q:
+    if window is not None and window >= segments.max_seqlen_kv:
         window = None
-    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
-    if half and not dense and (window is None or _varlen_has("window_size")):
+    if segments.reach is not None:
+        own, spans = gather_keys(k, v, segments.reach)
+        return context_attention(q, own, spans, segments, segments.reach, scale, window)
+    if _takes_varlen(q, segments, window):
         out = varlen_attention(q, k, v, segments, scale, window)
     else:
         out = segment_attention(q, k, v, segments, scale, window)
-    return block_attention(out, q, k, v, segments, scale, window) if segments.blocks else out
+    if not segments.blocks:
+        return out
+    where = [(start, end, start - first) for first, start, end in segments.blocks]
+    seen = [(k[first:end], v[first:end]) for first, _, end in segments.blocks]
+    return block_attention(out, q, where, seen, segments, scale, window)
+
+
+def _takes_varlen(q: Tensor, segments: Segments, window: int | None) -> bool:
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
+    return half and not dense and (window is None or _varlen_has("window_size"))
+
+
+def context_attention(
+    q: Tensor,
+    own: Keys,
+    spans: Sequence[Keys],
+    segments: Segments,
+    reach: Reach,
+    scale: float | None,
+    window: int | None = None,
+) -> Tensor:
+    """The same for a context rank's part of a row: own are the keys of its n tokens, spans what `reach` says that its
+    tails, then its pieces of blocks see. [n, heads, d] -> [n, heads, d]."""
+    tails, blocks = spans[: len(reach.tails)], spans[len(reach.tails) :]
+    whole = len(q) - sum(reach.tails)
+    if _takes_varlen(q, segments, window):
+        keys, values = (torch.cat([*(tail[i] for tail in tails), own[i][len(q) - whole :]]) for i in (0, 1))
+        out = varlen_attention(q, keys, values, segments, scale, window)
+    else:
+        *cut, rest = q.split([*reach.tails, whole])
+        outputs = [tail_attention(q, *seen, segments, scale, window) for q, seen in zip(cut, tails, strict=True)]
+        if whole:
+            k, v = (x[len(q) - whole :] for x in own)
+            outputs.append(segment_attention(rest, k, v, segments, scale, window))
+        out = torch.cat(outputs)
+    return block_attention(out, q, reach.blocks, blocks, segments, scale, window) if blocks else out
 
 
 def cached_attention(
@@ -109,115 +149,16 @@ def cached_attention(
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
     """Unpacked attention: [T, B, heads, d] -> [T, B, heads * d]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, *_repeat_kv(q, k, v)))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, *repeat_kv(q, k, v)))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None = None
-) -> Tensor:
-    """Attention inside every segment, through the rectangles; blocks apart. [T, heads, d] -> [T, heads, d]."""
-    groups = q.shape[1] // k.shape[1]
-    spread = [x.flatten(1) for x in (q, k, v)]
-    if segments.cells is not None:
-        spread = [_Spread.apply(x, segments.cells, segments.cell_of_token) for x in spread]
-    outputs, start = [], 0
-    for rows, length in segments.rectangles:
-        cut = slice(start, start + rows * length)
-        start = cut.stop
-        qr, kr, vr = (x[cut].view(rows, length, -1, q.shape[2]).transpose(1, 2) for x in spread)
-        if groups > 1:
-            kr, vr = kr.repeat_interleave(groups, dim=1), vr.repeat_interleave(groups, dim=1)
-        if window is not None and window < length:
-            out = _striped(qr, kr, vr, segments, scale, window)
-        else:
-            out = F.scaled_dot_product_attention(qr, kr, vr, is_causal=segments.causal, scale=scale)
-        outputs.append(out.transpose(1, 2).reshape(rows * length, -1))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if segments.cells is not None:
-        joined = _Gather.apply(joined, segments.cells, segments.cell_of_token)
-    return joined.view_as(q)
-
-
-def _striped(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int) -> Tensor:
-    """Causal attention of `window` tokens: a stripe of queries at a time, with the stripes of keys that it reaches.
-
-    [rows, heads, length, d] -> the same. Work and masks grow with length x window, not length x length; stripes are
-    split and joined, not sliced, because a slice's gradient is as large as the whole.
-    """
-    stripe = min(max(window, 128), 1024)
-    reach = -(-(window - 1) // stripe)
-    queries, keys, values = (x.split(stripe, dim=2) for x in (q, k, v))
-    outputs = []
-    for i, query in enumerate(queries):
-        first = max(0, i - reach)
-        key, value = (torch.cat(x[first : i + 1], dim=2) for x in (keys, values))
-        mask = segments.stripe_mask(query.shape[2], (i - first) * stripe, window, True, q)
-        outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale))
-    return torch.cat(outputs, dim=2)
-
-
-def block_attention(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None
-) -> Tensor:
-    """out, with the answers to the tokens of blocks anew: they see all of their sample up to their block's end, from
-    `window` tokens before themselves on. All [T, heads, d]."""
-    sizes, at = [], 0
-    for _, start, end in segments.blocks:
-        sizes += [start - at, end - start]
-        at = end
-    sizes.append(len(q) - at)
-    pieces, queries = list(out.split(sizes)), q.split(sizes)
-    for i, (first, start, end) in enumerate(segments.blocks):
-        mask = None
-        if window is not None:
-            first = max(first, start - window + 1)
-            if end - first > window:
-                mask = segments.stripe_mask(end - start, start - first, window, False, q)
-        seen = (queries[2 * i + 1], *_repeat_kv(q, k[first:end], v[first:end]))
-        query, key, value = (x.transpose(0, 1)[None] for x in seen)
-        answer = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        pieces[2 * i + 1] = answer[0].transpose(0, 1)
-    return torch.cat(pieces)
-
-
-class _Spread(torch.autograd.Function):
-    """Tokens -> cells. A cell without a token repeats token 0: it lies behind its sample, where no token looks.
-
-    Every token has exactly one cell of its own, so the gradient is a plain gather, not a scatter-add.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cells: Tensor, cell_of_token: Tensor) -> Tensor:
-        ctx.save_for_backward(cell_of_token)
-        return x.index_select(0, cells)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (cell_of_token,) = ctx.saved_tensors
-        return grad.index_select(0, cell_of_token), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Cells -> tokens, the inverse of _Spread; a cell without a token gets no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cells: Tensor, cell_of_token: Tensor) -> Tensor:
-        ctx.save_for_backward(cells, cell_of_token)
-        return x.index_select(0, cell_of_token)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cells, cell_of_token = ctx.saved_tensors
-        out = grad.new_zeros(cells.shape[0], grad.shape[1])
-        return out.index_copy_(0, cell_of_token, grad), None, None
 
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None = None
 ) -> Tensor:
-    """The same through torch's variable-length kernel (CUDA, half precision). [T, heads, d] -> [T, heads, d]."""
+    """The same through torch's variable-length kernel (CUDA, half precision). q: [T, heads, d] -> the same; keys and
+    values [K, kv_heads, d], of which each segment has as many as queries or, before those, more."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
@@ -232,9 +173,10 @@ def varlen_attention(
         if _varlen_has("enable_gqa"):
             options["enable_gqa"] = True
         else:
-            k, v = _repeat_kv(q, k, v)
-    cu, longest = segments.cu_seqlens_q, segments.max_seqlen_q
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, **options)
+            k, v = repeat_kv(q, k, v)
+    # Where there are more keys than queries, causal is counted from their ends
+    ends = (segments.cu_seqlens_q, segments.cu_seqlens_kv, segments.max_seqlen_q, segments.max_seqlen_kv)
+    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), *ends, **options)
 
 
 @functools.cache
@@ -242,11 +184,3 @@ def _varlen_has(option: str) -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return option in inspect.signature(varlen_attn).parameters
-
-
-def _repeat_kv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention: each key/value head serves heads / kv_heads query heads (axis -2)."""
-    groups = q.shape[-2] // k.shape[-2]
-    if groups == 1:
-        return k, v
-    return k.repeat_interleave(groups, dim=-2), v.repeat_interleave(groups, dim=-2)

@@ -43,10 +43,6 @@ class LocalParameter:
     name: str
     parameter: nn.Parameter
     boxes: tuple[Box, ...]
-    owner: bool
-    """Whether this process, of all that hold the same boxes, writes them to a checkpoint."""
-    model_owner: bool
-    """The same among the processes that see the same data: of all data ranks, several are."""
 
     @property
     def part(self) -> str:
@@ -60,6 +56,18 @@ class LocalParameter:
             rows = box.shape[0] if box.shape else 1
             yield box, local[row : row + rows] if box.shape else local
             row += rows
+
+
+def mark_shared(module: nn.Module) -> None:
+    """Its parameters are whole on every tensor rank, which sees other images on each (share.py): megatron averages
+    their gradients over the tensor group."""
+    for parameter in module.parameters():
+        parameter.average_gradients_across_tp_domain = True
+
+
+def is_shared(parameter: nn.Parameter) -> bool:
+    """Whether `mark_shared` marked it."""
+    return getattr(parameter, "average_gradients_across_tp_domain", False)
 
 
 def split_rows(key: str, parameter: nn.Parameter, offset: int, total: int) -> ShardedTensor:
@@ -100,11 +108,5 @@ def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
                 )
                 for p in parts
             )
-            # megatron numbers the holders of equal data: (pipeline, tensor, data) copies; zeros are the first.
-            *model_copy, data_copy = entry.replica_id
-            model_owner = not any(model_copy)
-            owner = model_owner and data_copy == 0
-            found.append(
-                LocalParameter(name=name, parameter=parameter, boxes=boxes, owner=owner, model_owner=model_owner)
-            )
+            found.append(LocalParameter(name=name, parameter=parameter, boxes=boxes))
     return found

@@ -20,7 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm_nemo.model.looks import Looks
+from vlm_nemo.model.looks import Looks, look_at
 from vlm_nemo.model.segments import Segments, block_runs, make_segments
 
 
@@ -131,8 +131,8 @@ class CachedStep(PackedSeqParams):
             elif slot in images and (not own or own[0][0] > start):
                 found.append((start, own[0][0] if own else stop, *images[slot]))
             if own:
-                _, _, first, last = own[-1]
-                images[slot] = k[first:last].clone(), v[first:last].clone()
+                spans = own[-1][2]
+                images[slot] = look_at(k, spans).clone(), look_at(v, spans).clone()
         return found
 
 

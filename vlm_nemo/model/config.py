@@ -40,6 +40,8 @@ class VisionConfig:
     """Biases on query, key and value."""
     bias: bool = True
     """Biases on the attention's output and in the MLP."""
+    output_bias: bool = True
+    """With bias: the attention's output has one too (not in Llama 3.2 Vision)."""
     qk_norm: bool = False
     """RMSNorm of queries and keys over the whole width, all heads together (InternViT-6B)."""
     layer_scale: float | None = None
@@ -65,12 +67,24 @@ class VisionConfig:
     """Side of the windows that attention stays within, pixels (Qwen2.5-VL: 112); null = whole images."""
     full_attention_layers: list[int] = field(default_factory=list)
     """Layers, counted from 0, that see whole images although there are windows."""
+    tiles: int | None = None
+    """Every image is filled up to so many tiles, which see one another and have learned embeddings of their place
+    (Llama 3.2 Vision: 4, with model.layout.kind=canvas); null = a view sees itself only."""
+    global_layers: int = 0
+    """With tiles: further layers behind post_norm, what each half adds times a learned gate (Llama 3.2 Vision: 8)."""
+    kept_layers: list[int] = field(default_factory=list)
+    """Layers, counted from 0, whose output is part of a feature beside the last one's (Llama 3.2 Vision)."""
     feature_layer: int = -2
     """Which hidden state the projector sees, counted as Hugging Face counts: -1 last layer, -2 the one before."""
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     """Red, green, blue mean that is subtracted; pixels count from 0 to 1."""
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     """Red, green, blue deviation that is divided by."""
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a feature, as the projector gets it."""
+        return self.hidden_size * (1 + len(self.kept_layers))
 
 
 @dataclass(kw_only=True)
@@ -186,11 +200,13 @@ class LanguageConfig:
     """A decoder (`vlm_nemo.model.language`): Llama's by default; the switches make Mistral, Mixtral, Qwen, Gemma 3."""
 
     vocab_size: int = 32064
-    """Rows of the embedding; at least the tokenizer's size, divisible by parallel.tensor."""
+    """Rows of embedding and head; at least the tokenizer's size, divisible by parallel.tensor."""
+    input_tokens: int = 0
+    """Rows that the embedding has beyond the head's, of tokens that are never said (Llama 3.2 Vision: 8)."""
     hidden_size: int = 4096
     """Width of the decoder."""
     num_layers: int = 32
-    """Layers of the decoder; divisible by parallel.pipeline x parallel.virtual."""
+    """Layers of the decoder; at least parallel.pipeline x parallel.virtual."""
     num_heads: int = 32
     """Query heads; divisible by parallel.tensor."""
     num_kv_heads: int = 32

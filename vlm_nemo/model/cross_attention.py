@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlm_nemo.model.attention import dense_attention
 from vlm_nemo.model.cache import CachedStep
+from vlm_nemo.model.looks import look_at
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.segments import Segments
 from vlm_nemo.model.transformer import mlp_spec
@@ -95,7 +96,7 @@ class CrossAttention(MegatronModule):
         k, v = self.linear_kv(context)[0].view(context.shape[0], 1, self.kv_heads, 2, self.dim).unbind(3)
         k = self.k_layernorm(k)
         assert where.looks is not None
-        ranges = [(start, stop, k[first:last], v[first:last]) for start, stop, first, last in where.looks.ranges]
+        ranges = [(start, stop, look_at(k, spans), look_at(v, spans)) for start, stop, spans in where.looks.ranges]
         if isinstance(where, CachedStep):
             ranges = sorted([*ranges, *where.remembered(self.layer, k, v)], key=lambda found: found[0])
         out, at = [], 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    checkpoint,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -183,10 +185,20 @@ class SparseMLP(MoELayer):
         )
         groups = get_default_pg_collection()
         super().__init__(config, parts, layer_number, groups)
+        selective = config.recompute_granularity == "selective"
+        self.recompute = selective and "mlp" in (config.recompute_modules or [])
         self.token_dispatcher = Dispatcher(self.num_local_experts, self.local_expert_indices, config, groups)
 
     def forward(self, hidden_states: Tensor, padding_mask: None = None) -> tuple[Tensor, None]:
         """[T, 1, D] -> the same; under sequence parallelism this rank's part of the tokens."""
+        # Another row may be on its way when this one is computed again
+        compute = partial(self._compute, self.router.balance)
+        if self.training and self.recompute:
+            return checkpoint(compute, False, hidden_states), None
+        return compute(hidden_states), None
+
+    def _compute(self, balance: Balance | None, hidden_states: Tensor) -> Tensor:
+        self.router.balance = balance
         shared = self.shared_experts_compute(hidden_states)
         length, ranks = len(hidden_states), self.attn_tp_group.size()
         alike = ranks > 1 and not self.config.sequence_parallel
@@ -199,7 +211,7 @@ class SparseMLP(MoELayer):
         out = self.postprocess(self.combine(out), None)
         if alike:
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)[:length]
-        return out if shared is None else out + shared, None
+        return out if shared is None else out + shared
 
 
 def sparse_layer(dense: ModuleSpec) -> ModuleSpec:

@@ -33,7 +33,7 @@ def initial_value(box: Box, cfg: ModelConfig, seed: int) -> torch.Tensor:
     if last in ("attention_scale", "mlp_scale"):
         assert cfg.vision.layer_scale is not None, "LayerScale without its start"
         return torch.full(box.shape, cfg.vision.layer_scale)
-    if last in ("attention_gate", "mlp_gate"):
+    if last.endswith("_gate"):
         return torch.zeros(box.shape)
     std = cfg.init_std
     if box.key == "vision.position" and cfg.vision.position_init_std is not None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -21,9 +22,11 @@ from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import LanguageConfig
 from vlm_nemo.model.cross_attention import looking_layer
 from vlm_nemo.model.experts import expect, experts_config, sparse_layer
+from vlm_nemo.model.head import Head, Targets
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.rope import Rotary
 from vlm_nemo.model.segments import Segments
+from vlm_nemo.model.stages import chunk_layers, layout
 from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
 from vlm_nemo.runtime.config import ParallelConfig
 
@@ -57,7 +60,7 @@ class DecoderLayer(TransformerLayer):
             packed_seq_params=given["packed_seq_params"],
         )
         assert bias is None, "a bias would have to be normed too"
-        return hidden_states + self.post_attention_layernorm(out), None
+        return hidden_states + self.post_attention_layernorm(out), given.get("context")
 
     def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
         if self.sandwich:
@@ -68,12 +71,24 @@ class DecoderLayer(TransformerLayer):
 
 
 class Decoder(GPTModel):
-    """GPTModel with our rotary positions and scaled embeddings, that computes the logits of a generation step at the
-    last token of every row only."""
+    """GPTModel with our rotary positions and scaled embeddings, that computes the loss of supervised tokens only, and
+    the logits of a generation step at the last token of every row only."""
 
     def __init__(self, cfg: LanguageConfig, config: TransformerConfig, **given: Any) -> None:
         super().__init__(config, **given)
+        if self.pre_process and cfg.input_tokens:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=cfg.vocab_size + cfg.input_tokens,
+                max_sequence_length=cfg.max_positions,
+                position_embedding_type=self.position_embedding_type,
+                scatter_to_sequence_parallel=False,
+                tp_group=self.pg_collection.tp,
+            )
+            self.setup_embeddings_and_output_layer()
         self.rotary_pos_emb = Rotary(cfg, config.kv_channels)
+        if self.post_process:  # GPTModel takes no spec for it; Head has no state of its own
+            self.output_layer.__class__ = Head
         # Rounded as the embeddings are: Gemma was trained with 50.5 for sqrt(2560) in bf16
         self.embedding_scale = torch.tensor(cfg.embedding_scale).to(config.params_dtype).item()
 
@@ -82,22 +97,30 @@ class Decoder(GPTModel):
         x = self.embedding(input_ids=tokens, position_ids=positions)
         return x if self.embedding_scale == 1.0 else x * self.embedding_scale
 
-    def _postprocess(self, hidden_states: Tensor, *, packed_seq_params: Any = None, **given: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Targets | None, packed_seq_params: Any = None, **given: Any
+    ) -> Tensor:
+        if self.post_process and labels is not None:
+            shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+            return self.output_layer(hidden_states, shared, targets=labels)[0]
         if self.post_process and isinstance(packed_seq_params, CachedStep):
             hidden_states = hidden_states[packed_seq_params.last]
-        return super()._postprocess(hidden_states, packed_seq_params=packed_seq_params, **given)
+        return super()._postprocess(hidden_states, labels=None, packed_seq_params=packed_seq_params, **given)
 
 
 def language_config(
     cfg: LanguageConfig, parallel: ParallelConfig, dtype: torch.dtype, extra: Mapping[str, Any]
 ) -> TransformerConfig:
     """megatron's config of the decoder."""
+    cut = layout(chunk_layers(cfg.num_layers, parallel)) if parallel.pipeline > 1 else None
     return transformer_config(
         parallel,
         dtype,
         pipelined=True,
+        recompute=parallel.recompute,
         extra=extra,
         num_layers=cfg.num_layers,
+        pipeline_model_parallel_layout=cut,
         hidden_size=cfg.hidden_size,
         num_attention_heads=cfg.num_heads,
         num_query_groups=cfg.num_kv_heads,

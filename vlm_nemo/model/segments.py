@@ -20,7 +20,7 @@ from __future__ import annotations
 import bisect
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -28,6 +28,31 @@ from torch import Tensor
 
 from vlm_nemo.model.balance import Balance
 from vlm_nemo.model.looks import Looks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What a context rank's tokens see beyond themselves (context.py): T tokens in the row, this rank has some of them.
+
+    Its tokens stand in this order: the tails, which are pieces of samples that begin elsewhere, then whole samples and
+    beginnings of samples, which see nothing but themselves.
+    """
+
+    tails: tuple[int, ...]
+    """Tokens of each tail"""
+    blocks: tuple[tuple[int, int, int], ...]
+    """Of each piece of a block of image tokens: its first token here, the one behind its last, and how many of the keys
+    that it sees stand before it"""
+    spans: tuple[tuple[int, int], ...]
+    """The row's tokens that each tail sees, then those that each piece of a block sees"""
+    order: Tensor
+    """[T] int64: the row's token at every place, all ranks' tokens side by side"""
+    place: Tensor
+    """[T] int64: the place of every token of the row"""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Reach:
+        """The same, every tensor through `move`."""
+        return replace(self, order=move(self.order), place=move(self.place))
 
 
 @dataclass
@@ -48,24 +73,29 @@ class Segments(PackedSeqParams):
     """Of every block: the first token of its sample, its own first token, and the one behind its last"""
     looks: Looks | None = None
     """Who attends to which image, in the layers that look at images"""
+    reach: Reach | None = None
+    """Of a context rank's part of a row, whose rectangles then hold what is behind the tails; None: the whole row"""
     balance: Balance | None = None
     """How much each token counts in the losses of experts' use; None: there are none"""
-    masks: dict[tuple[int, int, int, bool], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int, int, bool], Tensor] = field(default_factory=dict)
     """Made by `stripe_mask` when first asked for, and shared by all layers"""
 
-    def stripe_mask(self, queries: int, before: int, window: int, causal: bool, like: Tensor) -> Tensor:
-        """[queries, before + queries] of like's dtype, to be added to scores: 0 where a query may look, else -inf.
+    def stripe_mask(
+        self, queries: int, before: int, window: int, causal: bool, like: Tensor, *, behind: int = 0
+    ) -> Tensor:
+        """[queries, before + queries + behind] of like's dtype, to be added to scores: 0 where a query may look, else
+        -inf.
 
-        Queries stand behind `before` keys of their sample; each sees `window` tokens, itself included, and those
-        behind it unless causal:
+        Queries stand behind `before` keys of their sample and before `behind`; each sees `window` tokens, itself
+        included, and those behind it unless causal:
 
             queries 2, before 3, window 3, causal       . 0 0 0 .
                                                         . . 0 0 0
         """
-        key = (queries, before, window, causal)
+        key = (queries, before, behind, window, causal)
         if key not in self.masks:
             back = torch.arange(before, before + queries, device=like.device)[:, None] - torch.arange(
-                before + queries, device=like.device
+                before + queries + behind, device=like.device
             )
             hidden = (back >= window) | (back < 0) if causal else back >= window
             self.masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
@@ -78,6 +108,8 @@ class Segments(PackedSeqParams):
         moved = copy.copy(self)
         moved.masks = {}
         moved.cu_seqlens_q = moved.cu_seqlens_kv = move(self.cu_seqlens_q)
+        if self.reach is not None:
+            moved.cu_seqlens_kv, moved.reach = move(self.cu_seqlens_kv), self.reach.moved(move)
         if self.cells is not None and self.cell_of_token is not None:
             moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
         moved.windows = self.windows.moved(move) if self.windows is not None else None
@@ -103,22 +135,8 @@ def make_segments(
     while bounds[-1] < total:
         bounds.append(min(bounds[-1] + longest, total))
 
-    lengths = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
-    starts = torch.tensor(bounds[:-1])
-    bucket = torch.ceil(torch.log2(lengths.float())).long() if causal else lengths
-    rectangles, cells, cell_of_token, offset = [], [], torch.empty(total, dtype=torch.int64), 0
-    for b in bucket.unique().tolist():
-        rows = (bucket == b).nonzero().flatten()
-        length = int(lengths[rows].max())
-        column = torch.arange(length)
-        tokens = starts[rows, None] + column
-        inside = column < lengths[rows, None]
-        rectangles.append((len(rows), length))
-        cells.append(torch.where(inside, tokens, 0).flatten())
-        cell_of_token[tokens[inside]] = offset + inside.flatten().nonzero().flatten()
-        offset += tokens.numel()
-    order = torch.cat(cells)
-    in_order = len(order) == total and bool((order == torch.arange(total)).all())  # segments of one length
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    rectangles, cells, cell_of_token = lay_out(lengths, causal)
     cu_out = torch.tensor(bounds, dtype=torch.int32)
     # "sbhd": megatron must keep the row as [T, 1, ...] and apply the rotary table row by row; its own "thd" path
     # reads cu_seqlens back to the host in every layer.
@@ -129,11 +147,33 @@ def make_segments(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         rectangles=rectangles,
-        cells=None if in_order else order,
-        cell_of_token=None if in_order else cell_of_token,
+        cells=cells,
+        cell_of_token=cell_of_token,
         causal=causal,
         blocks=[] if blocks is None else block_runs(blocks, cu),
     )
+
+
+def lay_out(lengths: Sequence[int], causal: bool) -> tuple[list[tuple[int, int]], Tensor | None, Tensor | None]:
+    """Rectangles, cells and cells of tokens, as in Segments, of segments side by side."""
+    size = torch.tensor(lengths, dtype=torch.int64)
+    starts, total = size.cumsum(0) - size, int(size.sum())
+    bucket = torch.ceil(torch.log2(size.float())).long() if causal else size
+    rectangles, cells, cell_of_token, offset = [], [], torch.empty(total, dtype=torch.int64), 0
+    for b in bucket.unique().tolist():
+        rows = (bucket == b).nonzero().flatten()
+        length = int(size[rows].max())
+        column = torch.arange(length)
+        tokens = starts[rows, None] + column
+        inside = column < size[rows, None]
+        rectangles.append((len(rows), length))
+        cells.append(torch.where(inside, tokens, 0).flatten())
+        cell_of_token[tokens[inside]] = offset + inside.flatten().nonzero().flatten()
+        offset += tokens.numel()
+    order = torch.cat(cells) if cells else cell_of_token
+    if len(order) == total and bool((order == torch.arange(total)).all()):  # segments of one length
+        return rectangles, None, None
+    return rectangles, order, cell_of_token
 
 
 def block_runs(blocks: Tensor, cu: Sequence[int]) -> list[tuple[int, int, int]]:

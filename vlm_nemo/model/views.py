@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.segments import Segments, make_segments
+from vlm_nemo.model.tiles import TileRows, tile_rows
 from vlm_nemo.types import UserError
 
 Grid = tuple[int, int]
@@ -34,7 +35,7 @@ class VisionBatch:
     """[P, p*p*3] uint8, as in `vlm_nemo.types.Images`"""
     grids: tuple[Grid, ...]
     """Rows and columns of every view."""
-    segments: Segments
+    segments: Segments | TileRows
     """All patches of a view see one another; in layers with windows, those of a window do."""
     patch_rows: Tensor | None
     """[P] int64: the tower's row of every patch; None where they are the same"""
@@ -65,15 +66,20 @@ class VisionBatch:
         )
 
 
-def vision_batch(patches: Tensor, grids: Tensor | Sequence[Grid], cfg: VisionConfig) -> VisionBatch:
+def vision_batch(
+    patches: Tensor, grids: Tensor | Sequence[Grid], cfg: VisionConfig, tilings: Tensor | None = None
+) -> VisionBatch:
     """Lay out the views of a row for the tower. patches: [P, p*p*3] uint8; grids: [V, 2]; at least one view.
 
-    Raises ValueError where the grids are not of as many patches as there are.
+    tilings: [N, 2] rows and columns of tiles of every image, for a tower with tiles.
+    Raises ValueError where the grids are not of as many patches as there are, or the tiles not of as many views.
     """
     known = tuple((int(h), int(w)) for h, w in (grids.tolist() if isinstance(grids, Tensor) else grids))
     sizes = [h * w for h, w in known]
     if not known or sum(sizes) != patches.shape[0]:
         raise ValueError(f"{patches.shape[0]} patches, but grids {list(known)} are of {sum(sizes)}")
+    if cfg.tiles is not None:
+        return _tiled(patches, known, cfg, tilings)
     first = 1 if cfg.class_token else 0
     lengths = [first + n for n in sizes]
     starts = [sum(lengths[:i]) for i in range(len(known))]
@@ -110,6 +116,24 @@ def vision_batch(patches: Tensor, grids: Tensor | Sequence[Grid], cfg: VisionCon
     )
 
 
+def _tiled(patches: Tensor, grids: tuple[Grid, ...], cfg: VisionConfig, tilings: Tensor | None) -> VisionBatch:
+    """Of a tower with tiles; the views that it gives are all of an image's tiles, used or not."""
+    assert cfg.tiles is not None and tilings is not None, "a tower with tiles wants to know their arrangement"
+    views = int(tilings.prod(dim=1).sum())
+    if len(grids) != views or len(set(grids)) > 1:
+        raise ValueError(f"{len(grids)} views of grids {sorted(set(grids))}, but the images are of {views} equal tiles")
+    grid = grids[0]
+    return VisionBatch(
+        patches=patches,
+        grids=(grid,) * (len(tilings) * cfg.tiles),
+        segments=tile_rows(tilings, cfg.tiles, 1 + grid[0] * grid[1]),
+        patch_rows=None,
+        class_rows=None,
+        out_rows=None,
+        places=None,
+    )
+
+
 def _whole(lengths: Sequence[int]) -> Segments:
     """Views or windows of these lengths, in each of which all see all."""
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -121,6 +145,11 @@ def blank_view(cfg: VisionConfig, factor: int) -> tuple[Tensor, Tensor]:
     must run the same collectives. factor: that of the reduction, which divides the grid."""
     patches = torch.zeros(factor * factor, 3 * cfg.patch_size**2, dtype=torch.uint8)
     return patches, torch.tensor([[factor, factor]])
+
+
+def blank_batch(cfg: VisionConfig, factor: int) -> VisionBatch:
+    """The blank view as the tower takes it; with tiles, an image of this one."""
+    return vision_batch(*blank_view(cfg, factor), cfg, torch.tensor([[1, 1]]))
 
 
 def grid_places(grid: Grid) -> Tensor:

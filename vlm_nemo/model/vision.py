@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -10,9 +15,12 @@ from torch.nn import functional as F
 
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.norm import Norm
+from vlm_nemo.model.segments import Segments
+from vlm_nemo.model.tiles import TileRows, Tiling
 from vlm_nemo.model.transformer import ACTIVATIONS, transformer_config
 from vlm_nemo.model.views import VisionBatch, runs, window_patches
 from vlm_nemo.model.vision_layer import tower_spec
+from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -32,16 +40,13 @@ def layers_used(cfg: VisionConfig) -> int:
 
 
 class VisionTower(MegatronModule):
-    """Views of P patches -> [N, D]. Tensor parallel like the language model; never split over pipeline stages."""
+    """Views of P patches -> [N, D]. Split over `groups.vision_group()`; never over pipeline stages."""
 
     def __init__(self, cfg: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
         check(cfg, parallel)
         width, layers = cfg.hidden_size, layers_used(cfg)
-        config = transformer_config(
-            parallel,
-            dtype,
-            pipelined=False,
-            num_layers=layers,
+        sizes: dict[str, Any] = dict(
+            recompute=parallel.recompute_vision,
             hidden_size=width,
             num_attention_heads=cfg.num_heads,
             ffn_hidden_size=cfg.ffn_hidden_size,
@@ -51,9 +56,16 @@ class VisionTower(MegatronModule):
             layernorm_epsilon=cfg.norm_eps,
             add_bias_linear=cfg.bias,
             add_qkv_bias=cfg.qkv_bias,
+        )
+        config = transformer_config(
+            parallel,
+            dtype,
+            pipelined=False,
+            num_layers=layers,
             # Which layers stay within windows; how wide those are is said by the views.
             window_size=None if cfg.window is None else (cfg.window, cfg.window),
             window_attn_skip_freq=[int(n not in cfg.full_attention_layers) for n in range(layers)],
+            **sizes,
         )
         super().__init__(config=config)
         self.cfg = cfg
@@ -69,20 +81,69 @@ class VisionTower(MegatronModule):
         places = (cfg.image_size // cfg.patch_size) ** 2 + int(cfg.class_token)
         self.position = parameter(places, width) if cfg.position == "learned" else None
         self.pre_norm = Norm(config, width, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
-        self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False)
+        pgs = ProcessGroupCollection.use_mpu_process_groups()
+        pgs.tp = groups.vision_group()
+        self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False, pg_collection=pgs)
         self.post_norm = Norm(config, width, cfg.norm_eps) if cfg.post_norm else nn.Identity()
+        self.tiling = Tiling(cfg, config, places) if cfg.tiles is not None else None
+        self.global_blocks = None
+        if cfg.global_layers:
+            further = transformer_config(parallel, dtype, pipelined=False, num_layers=cfg.global_layers, **sizes)
+            spec = tower_spec(cfg, cfg.global_layers, gated=True)
+            self.global_blocks = TransformerBlock(further, spec, post_layer_norm=False, pg_collection=pgs)
         self.register_buffer("mean", torch.tensor(cfg.mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std) * 255, persistent=False)
 
     def forward(self, views: VisionBatch) -> Tensor:
-        """[N, D]: the features of all views one after the other, in each the class token first where it is kept."""
-        x = self.embed(views)
+        """[N, D]: the features of all views one after the other, in each the class token first where it is kept. Those
+        of kept layers stand beside the last one's, channel by channel."""
+        where, tiling = views.segments, self.tiling
+        if tiling is None:
+            x = self.pre_norm(self.embed(views))
+        else:
+            assert isinstance(where, TileRows)
+            x = tiling.fill(self.pre_norm(self.embed_tiles(views)), where)
         angles = None if views.places is None else self.angles(views.places)
-        x = self.blocks(
-            self.pre_norm(x).unsqueeze(1), attention_mask=None, rotary_pos_emb=angles, packed_seq_params=views.segments
-        )
-        x = self.post_norm(x.squeeze(1))
+        x, kept = self.run(self.blocks, x, where, angles, self.cfg.kept_layers)
+        x = self.post_norm(x)
+        if self.global_blocks is not None:
+            assert tiling is not None and isinstance(where, TileRows)
+            x, _ = self.run(self.global_blocks, tiling.add_behind(x, where), where, None)
+        if kept:
+            x = torch.cat((x, torch.stack(kept, dim=-1).flatten(1)), dim=1)
+        if tiling is not None:
+            assert isinstance(where, TileRows)
+            return tiling.taken(x, where, self.cfg.keep_class_token)
         return x if views.out_rows is None else x.index_select(0, views.out_rows)
+
+    def run(
+        self,
+        blocks: TransformerBlock,
+        x: Tensor,
+        where: Segments | TileRows,
+        angles: Tensor | None,
+        keep: Sequence[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """[rows, D] through layers -> the same, and what the layers of `keep` gave."""
+        given: dict[str, Any] = dict(attention_mask=None, rotary_pos_emb=angles, packed_seq_params=where)
+        if not keep:
+            return blocks(x.unsqueeze(1), **given).squeeze(1), []
+        again = self.training and blocks.config.recompute_granularity == "full"
+        kept, x = {}, x.unsqueeze(1)
+        for n, layer in enumerate(blocks.layers):  # megatron's block gives the last one's output only
+
+            def through(x: Tensor, layer: nn.Module = layer) -> Tensor:
+                return layer(x, **given)[0]
+
+            x = kept[n] = checkpoint(through, False, x) if again else through(x)
+        return x.squeeze(1), [kept[n].squeeze(1) for n in keep]
+
+    def embed_tiles(self, views: VisionBatch) -> Tensor:
+        """[N, tiles, places, D]: patches, class tokens and learned positions of every tile, used or not."""
+        assert self.tiling is not None and self.class_token is not None and self.position is not None
+        assert isinstance(views.segments, TileRows)
+        x = self.patch_norm(F.linear(self.normalise(views.patches), self.patch_weight, self.patch_bias))
+        return self.tiling.embed(x, self.class_token, self.position, views.segments)
 
     def embed(self, views: VisionBatch) -> Tensor:
         """[rows of the tower, D]: patches and class tokens, learned positions added."""
@@ -154,3 +215,29 @@ def check(cfg: VisionConfig, parallel: ParallelConfig) -> None:
             f"model.vision.hidden_size={cfg.hidden_size} / num_heads={cfg.num_heads} is not one"
         )
     window_patches(cfg)
+    if not all(0 <= n < layers for n in cfg.kept_layers):
+        raise UserError(
+            f"model.vision.kept_layers={list(cfg.kept_layers)} are not all among the {layers} layers that "
+            f"model.vision.feature_layer={cfg.feature_layer} needs, counted from 0"
+        )
+    if cfg.tiles is None and cfg.global_layers:
+        raise UserError(
+            f"model.vision.global_layers={cfg.global_layers} are of a tower with tiles; set model.vision.tiles, or "
+            "global_layers=0"
+        )
+    if cfg.tiles is not None:
+        _check_tiles(cfg, cfg.tiles)
+
+
+def _check_tiles(cfg: VisionConfig, tiles: int) -> None:
+    """Refuse what a tower with tiles is not made for. Raises UserError."""
+    wanted: dict[str, Any] = {"class_token": True, "position": "learned", "window": None, "temporal_patch_size": 1}
+    for key, value in wanted.items():
+        if (found := getattr(cfg, key)) != value:
+            said, has = ("null" if x is None else str(x).lower() for x in (value, found))
+            raise UserError(
+                f"model.vision.tiles={tiles} goes with model.vision.{key}={said}, not with {has}; change it, or set "
+                "model.vision.tiles=null"
+            )
+    if tiles < 1:
+        raise UserError(f"model.vision.tiles={tiles}: the smallest is 1; null turns it off")

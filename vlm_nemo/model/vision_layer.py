@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -23,22 +23,29 @@ from vlm_nemo.model.boxes import split_rows
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.segments import Segments
+from vlm_nemo.model.tiles import TileAttention, TileRows
 from vlm_nemo.model.transformer import mlp_spec, sum_over_ranks
+from vlm_nemo.runtime import groups
 
 
-def tower_spec(cfg: VisionConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """Pre-norm layers: norm, attention, residual, norm, MLP, residual."""
+def tower_spec(cfg: VisionConfig, num_layers: int, *, gated: bool = False) -> TransformerBlockSubmodules:
+    """Pre-norm layers: norm, attention, residual, norm, MLP, residual. gated: what is added is times a learned gate."""
     layer = ModuleSpec(
         module=TowerLayer,
-        params={"layer_scale": cfg.layer_scale is not None},
+        params={"layer_scale": cfg.layer_scale is not None, "gated": gated},
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(
                 module=TowerSelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask, "qkv_bias": cfg.qkv_bias, "qk_norm": cfg.qk_norm},
+                params={
+                    "attn_mask_type": AttnMaskType.no_mask,
+                    "qkv_bias": cfg.qkv_bias,
+                    "output_bias": cfg.bias and cfg.output_bias,
+                    "qk_norm": cfg.qk_norm,
+                },
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CoreAttention,
+                    core_attention=CoreAttention if cfg.tiles is None else TileAttention,
                     linear_proj=RowParallelLinear,
                 ),
             ),
@@ -52,17 +59,26 @@ def tower_spec(cfg: VisionConfig, num_layers: int) -> TransformerBlockSubmodules
 
 
 class TowerLayer(TransformerLayer):
-    """megatron's layer with a learned factor a channel on what each half adds (LayerScale), where there is one."""
+    """megatron's layer with a learned factor a channel on what each half adds (LayerScale), where there is one, or the
+    tanh of a learned number (a gate)."""
 
-    def __init__(self, config: TransformerConfig, *given: Any, layer_scale: bool, **more: Any) -> None:
+    def __init__(self, config: TransformerConfig, *given: Any, layer_scale: bool, gated: bool, **more: Any) -> None:
         super().__init__(config, *given, **more)
-        self.attention_scale = self.mlp_scale = None
+        self.attention_scale = self.mlp_scale = self.attention_gate = self.mlp_gate = None
         if layer_scale:
             self.attention_scale = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
             self.mlp_scale = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
+        if gated:
+            self.attention_gate = nn.Parameter(torch.empty(1, dtype=config.params_dtype))
+            self.mlp_gate = nn.Parameter(torch.empty(1, dtype=config.params_dtype))
 
     def forward(
-        self, hidden_states: Tensor, *, packed_seq_params: Segments, rotary_pos_emb: Tensor | None, **_: Any
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: Segments | TileRows,
+        rotary_pos_emb: Tensor | None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
         """[N, 1, D] -> the same; the None is megatron's context."""
         x = hidden_states
@@ -72,27 +88,31 @@ class TowerLayer(TransformerLayer):
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        x = x + _scaled(attended, self.attention_scale)
-        return x + _scaled(self.mlp(self.pre_mlp_layernorm(x)), self.mlp_scale), None
+        x = x + _scaled(attended, self.attention_scale, self.attention_gate)
+        return x + _scaled(self.mlp(self.pre_mlp_layernorm(x)), self.mlp_scale, self.mlp_gate), None
 
 
-def _scaled(output_and_bias: tuple[Tensor, Tensor | None], scale: Tensor | None) -> Tensor:
+def _scaled(output_and_bias: tuple[Tensor, Tensor | None], scale: Tensor | None, gate: Tensor | None) -> Tensor:
     out, bias = output_and_bias
     if bias is not None:
         out = out + bias
+    if gate is not None:
+        out = gate.tanh() * out
     return out if scale is None else out * scale
 
 
 class TowerSelfAttention(SelfAttention):
-    """megatron's, with a switch of its own for the bias of queries, keys and values, and norms over all heads."""
+    """megatron's, with switches of its own for the biases, and norms over all heads."""
 
     def __init__(
         self, config: TransformerConfig, submodules: SelfAttentionSubmodules, *given: Any, **more: Any
     ) -> None:
-        qkv_bias, qk_norm = more.pop("qkv_bias"), more.pop("qk_norm")
+        qkv_bias, output_bias, qk_norm = (more.pop(name) for name in ("qkv_bias", "output_bias", "qk_norm"))
         super().__init__(config, submodules, *given, **more)
         if not qkv_bias:  # megatron's own switch can add this bias, but not leave it out alone
             self.linear_qkv.register_parameter("bias", None)
+        if not output_bias:
+            self.linear_proj.register_parameter("bias", None)
         self.q_norm = WideNorm(config) if qk_norm else None
         self.k_norm = WideNorm(config) if qk_norm else None
 
@@ -124,5 +144,5 @@ class WideNorm(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """The weight is split over the tensor group, as the heads are."""
-        offset = parallel_state.get_tensor_model_parallel_rank() * len(self.weight)
+        offset = dist.get_rank(groups.vision_group()) * len(self.weight)
         return {f"{prefix}weight": split_rows(f"{prefix}weight", self.weight, offset, self.width)}

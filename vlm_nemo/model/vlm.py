@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -12,12 +13,17 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.boxes import mark_shared
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.head import Targets
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.projector.build import build_projector
+from vlm_nemo.model.share import Place, Share, gathered
 from vlm_nemo.model.views import VisionBatch
 from vlm_nemo.model.vision import VisionTower
+from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import image_ranks, vision_alone, vision_layout
 from vlm_nemo.types import UserError
 
 PARTS = ("vision", "projector", "language")
@@ -30,11 +36,16 @@ class VLM(MegatronModule):
     def __init__(
         self, cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, vp_stage: int | None = None
     ) -> None:
-        check_looks(cfg, parallel)
+        check_looks(cfg)
         config = language_config(cfg.language, parallel, dtype, cfg.megatron)
         super().__init__(config=config)
         self.looks = bool(cfg.language.cross_attention_layers)
         self._received: Tensor | None = None
+        self.image_place: Place = (0, 1)
+        """Which of how many ranks this one is that share out a row's images."""
+        if image_ranks(parallel) > 1:
+            self.image_place = dist.get_rank(groups.image_group()), image_ranks(parallel)
+        self.whole_rows = parallel.context == 1
         ignore_virtual = vp_stage is None
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
@@ -42,16 +53,19 @@ class VLM(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = cfg.language.tied_embeddings
         if self.pre_process:
-            self.vision = VisionTower(cfg.vision, parallel, dtype)
-            self.projector = build_projector(cfg, parallel, dtype)
+            self.vision = VisionTower(cfg.vision, vision_layout(parallel), dtype)
+            self.projector = build_projector(cfg, vision_layout(parallel), dtype)
+            if vision_alone(parallel):
+                mark_shared(self.vision)
+                mark_shared(self.projector)
         self.language = language_model(
             cfg.language, config, first=self.pre_process, last=self.post_process, vp_stage=vp_stage
         )
 
     def forward(self, batch: ModelBatch, *, gather_logits: bool = False, image_rows: Tensor | None = None) -> Tensor:
-        """Last stage: the loss of every token [1, T], or with gather_logits the logits [1, T, V] (of a generation
-        step, those after each row: [1, rows, V]). Earlier stages: hidden states [T, 1, D] (split over the tensor
-        group under sequence parallelism).
+        """Last stage: the loss of every supervised token [S], or with gather_logits the logits [1, T, V] (of a
+        generation step, those after each row: [1, rows, V]). Earlier stages: hidden states [T, 1, D] (split over the
+        tensor group under sequence parallelism).
 
         image_rows: the result of `embed_images` for this batch, where it is known already.
         """
@@ -60,7 +74,7 @@ class VLM(MegatronModule):
             x = self.language.embed(batch.tokens, batch.positions)
             if image_rows is None:
                 assert batch.views is not None, "every row of training has a view, were it a blank one"
-                image_rows = self.embed_images(batch.views)
+                image_rows = self.embed_images(batch.views, batch.share)
             if self.looks:
                 features = image_rows.unsqueeze(1).to(x.dtype)
             else:
@@ -74,7 +88,7 @@ class VLM(MegatronModule):
             position_ids=batch.positions,
             attention_mask=None,
             decoder_input=x,
-            labels=None if gather_logits else batch.labels,
+            labels=None if gather_logits else Targets(batch.supervised, batch.labels, batch.loss_mask),
             packed_seq_params=batch.segments,
             runtime_gather_output=gather_logits or None,
             extra_block_kwargs={"context": features} if self.looks else None,
@@ -90,12 +104,17 @@ class VLM(MegatronModule):
         self.language.set_input_tensor(hidden)
         return features
 
-    def embed_images(self, views: VisionBatch) -> Tensor:
-        """[E + K, D]: the views' embeddings, then the projector's K extra rows. A frozen tower saves no activations."""
+    def embed_images(self, views: VisionBatch, share: Share | None = None) -> Tensor:
+        """[E + K, D]: the views' embeddings, then the projector's K extra rows. A frozen tower saves no activations.
+
+        share: the views are this rank's share of a row's; E counts those of all ranks.
+        """
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
             features = self.vision(views)
         rows = self.projector(features, views.grids)
+        if share is not None:
+            rows = gathered(rows, share, alike=self.whole_rows)
         extra = self.projector.extra_rows()
         return rows if extra is None else torch.cat((rows, extra))
 
@@ -111,7 +130,7 @@ class VLM(MegatronModule):
         return self.language.shared_embedding_or_output_weight()
 
 
-def check_looks(cfg: ModelConfig, parallel: ParallelConfig) -> None:
+def check_looks(cfg: ModelConfig) -> None:
     """Refuse cross-attention that does not fit together. Raises UserError."""
     layers, kind = cfg.language.cross_attention_layers, cfg.projector.kind
     if bool(layers) != (kind == "cross_attention"):
@@ -123,11 +142,6 @@ def check_looks(cfg: ModelConfig, parallel: ParallelConfig) -> None:
         raise UserError(
             f"model.language.cross_attention_layers={list(layers)} are not all among the decoder's "
             f"{cfg.language.num_layers} layers, counted from 0"
-        )
-    if layers and parallel.virtual > 1:
-        raise UserError(
-            "parallel.virtual > 1 sends hidden states of one length only, but with "
-            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
         )
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import vision_alone
 from vlm_nemo.types import UserError
 
 log = logging.getLogger(__name__)
@@ -26,12 +27,14 @@ LOOK_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Where this process stands. Sizes multiply to the world size (context parallel size is 1)."""
+    """Where this process stands. tensor x context x pipeline ranks are a replica; times `data`, the world."""
 
     world: int
     rank: int
     tensor: int
     tensor_rank: int
+    context: int
+    context_rank: int
     pipeline: int
     pipeline_rank: int
     data: int
@@ -49,6 +52,17 @@ class Ranks:
     def last_stage(self) -> bool:
         """Holds the last pipeline stage (head, loss)."""
         return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def reader(self) -> bool:
+        """The one rank of its replica that reads."""
+        return self.first_stage and self.tensor_rank == 0 and self.context_rank == 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The layout in numbers: world, tensor, pipeline, data and whatever else there is."""
+        names = [entry.name for entry in fields(self)]
+        return {name: int(getattr(self, name)) for name in names if name == "world" or f"{name}_rank" in names}
 
     @property
     def main(self) -> bool:
@@ -72,7 +86,8 @@ def start(parallel: ParallelConfig, seed: int) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.on_cuda() else "gloo"
         if world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            _store = dist.HashStore()
+            dist.init_process_group(backend, store=_store, rank=0, world_size=1)
         else:
             # What init_process_group does by itself with these variables, but that would keep the store to itself
             _store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
@@ -85,6 +100,7 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
     """Build megatron's groups over an initialised torch.distributed, replacing an earlier layout."""
     from megatron.core import parallel_state
 
+    global _alone
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -95,12 +111,17 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,
     )
+    _alone = None
+    if vision_alone(parallel):
+        _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     device.seed_everything(seed)
     return Ranks(
         world=dist.get_world_size(),
         rank=dist.get_rank(),
         tensor=parallel.tensor,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        context=parallel.context,
+        context_rank=parallel_state.get_context_parallel_rank(),
         pipeline=parallel.pipeline,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
@@ -114,11 +135,17 @@ def stop() -> None:
     """Leave the job."""
     from megatron.core import parallel_state
 
-    global _store
+    global _alone, _store
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
+    _alone = _store = None
+
+
+def board() -> dist.Store:
+    """Where a rank leaves words for the others to find when they look: no collective, so any thread may use it."""
+    assert _store is not None, "not by start()"
+    return dist.PrefixStore("board", _store)
 
 
 def wait_for_all(failed: bool = False) -> None:
@@ -145,7 +172,9 @@ def wait_for_all(failed: bool = False) -> None:
 
 
 _store: dist.Store | None = None
-"""Of the job that `start` joined; None in a process that is alone."""
+"""Of the job that `start` joined."""
+_alone: dist.ProcessGroup | None = None
+"""This rank, where the vision tower is whole on every rank."""
 _waits = itertools.count()
 """Every rank waits as often as every other."""
 
@@ -165,14 +194,21 @@ def max_over(values: list[float]) -> list[float]:
 
 
 def data_group() -> dist.ProcessGroup:
-    """Ranks that hold the same part of the model and see different data."""
+    """Ranks that hold the same part of the model and see different rows: one of each replica."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
 
 
+def context_group() -> dist.ProcessGroup:
+    """Ranks that hold the same part of the model and share its rows along their length."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
 def last_stage_rank() -> int:
-    """Global rank of this replica's last pipeline stage, the one that knows the loss."""
+    """Global rank of the last pipeline stage that works with this rank, the one that knows the loss."""
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_last_rank()
@@ -183,6 +219,11 @@ def pipeline_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_group()
+
+
+def everyone() -> dist.ProcessGroup:
+    """All ranks of the job."""
+    return dist.group.WORLD
 
 
 def tensor_group() -> dist.ProcessGroup:
@@ -199,8 +240,23 @@ def experts_group() -> dist.ProcessGroup:
     return parallel_state.get_expert_tensor_and_model_parallel_group()
 
 
+def vision_group() -> dist.ProcessGroup:
+    """Ranks that share every layer of the vision tower and projector: the tensor group, or this rank alone."""
+    return tensor_group() if _alone is None else _alone
+
+
+def image_group() -> dist.ProcessGroup:
+    """Ranks that see the same row (tensor x context): they share out its images where each holds the whole tower."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
 def replica_group() -> dist.ProcessGroup:
-    """Ranks that hold one replica of the model (tensor x pipeline); the first has tensor rank 0 of the first stage."""
+    """Ranks that hold one copy of the model (tensor x pipeline); the first has tensor rank 0 of the first stage.
+
+    A replica of `context` > 1 is that many of them.
+    """
     from megatron.core import parallel_state
 
     return parallel_state.get_model_parallel_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlm_nemo.runtime.config import ParallelConfig
@@ -26,6 +28,7 @@ def check_layout(
     global_packs, micro_packs, capacity: of the data, for training; None where no packs are read.
     """
     _check_sizes(parallel)
+    _check_vision(parallel)
     if model is not None:
         _check_heads(model)
         _check_positions(model.language)
@@ -33,10 +36,23 @@ def check_layout(
         _check_tensor(parallel, model)
         _check_pipeline(parallel, model)
     _check_world(parallel, world_size, global_packs, micro_packs)
-    if parallel.sequence and capacity is not None and capacity * micro_packs % parallel.tensor:
+    if capacity is not None:
+        _check_row(parallel, capacity, micro_packs)
+
+
+def _check_row(parallel: ParallelConfig, capacity: int, micro_packs: int) -> None:
+    """What is cut along a row's length must come out even."""
+    cut, pieces = [], 1
+    if parallel.context > 1:
+        pieces = 2 * parallel.context
+        cut.append(f"parallel.context={parallel.context} cuts each row into {pieces} chunks")
+    if parallel.sequence:
+        ranks = parallel.tensor * parallel.context
+        pieces = math.lcm(pieces, ranks)
+        cut.append(f"parallel.sequence shards each row over {ranks} ranks")
+    if capacity * micro_packs % pieces:
         raise UserError(
-            f"parallel.sequence shards each row over {parallel.tensor} ranks, which do not divide "
-            f"data.pack.capacity={capacity}; make it a multiple of {parallel.tensor}"
+            f"{' and '.join(cut)}, which do not divide data.pack.capacity={capacity}; make it a multiple of {pieces}"
         )
 
 
@@ -44,15 +60,36 @@ def _check_sizes(parallel: ParallelConfig) -> None:
     for name in ("tensor", "pipeline", "virtual", "context", "expert"):
         if (size := getattr(parallel, name)) < 1:
             raise UserError(f"parallel.{name}={size}: the smallest is 1")
-    if parallel.context > 1:
-        raise UserError(
-            f"parallel.context={parallel.context} is not supported by this version; set it to 1 and use "
-            "parallel.tensor or more data-parallel ranks"
-        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1; raise parallel.tensor or set it to false")
     if parallel.virtual > 1 and parallel.pipeline == 1:
         raise UserError(f"parallel.virtual={parallel.virtual} needs parallel.pipeline > 1; set parallel.virtual=1")
+    for name in ("distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and not getattr(parallel, name):
+            raise UserError(f"parallel.overlap_param_gather=true needs parallel.{name}=true; set that too")
+
+
+def vision_alone(parallel: ParallelConfig) -> bool:
+    """Whether each of several tensor ranks holds the vision tower whole, and takes some of a row's images."""
+    return parallel.vision is not None and parallel.vision != parallel.tensor
+
+
+def image_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that share out a row's images: tensor x context, where each of them holds the whole tower."""
+    return parallel.tensor * parallel.context if vision_layout(parallel).tensor == 1 else 1
+
+
+def vision_layout(parallel: ParallelConfig) -> ParallelConfig:
+    """The layout as the vision tower and the projector see it: with their own tensor size."""
+    return replace(parallel, tensor=parallel.tensor if parallel.vision is None else parallel.vision)
+
+
+def _check_vision(parallel: ParallelConfig) -> None:
+    if parallel.vision not in (None, 1, parallel.tensor):
+        raise UserError(
+            f"parallel.vision={parallel.vision}: the vision tower is split as the decoder is (null, or "
+            f"parallel.tensor={parallel.tensor}) or whole on every rank (1)"
+        )
 
 
 def _check_heads(model: ModelConfig) -> None:
@@ -68,6 +105,11 @@ def _check_heads(model: ModelConfig) -> None:
         if size < 1 or whole % size:
             key = f"{of.rsplit('.', 1)[0]}.{name}"
             raise UserError(f"{key}={size} does not divide {of}={whole}; change either number")
+    if language.input_tokens and language.tied_embeddings:
+        raise UserError(
+            f"model.language.input_tokens={language.input_tokens} are rows that the head has not, so that it cannot "
+            "share them: set model.language.tied_embeddings=false or input_tokens=0"
+        )
     if head_dim(language) < 2 or head_dim(language) % 2:
         raise UserError(
             f"a head of the language model is {head_dim(language)} wide and rotary positions turn pairs; make "
@@ -154,14 +196,17 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
         "model.language.num_heads": language.num_heads,
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
         "model.language.vocab_size": language.vocab_size,
-        "model.vision.num_heads": model.vision.num_heads,
-        "model.vision.ffn_hidden_size": model.vision.ffn_hidden_size,
     }
     moe = language.moe
     if moe.experts is not None and moe.ffn_hidden_size is not None and parallel.expert == 1:
         cut["model.language.moe.ffn_hidden_size"] = moe.ffn_hidden_size
     if moe.experts is not None and moe.shared_ffn_hidden_size is not None:
         cut["model.language.moe.shared_ffn_hidden_size"] = moe.shared_ffn_hidden_size
+    if not vision_alone(parallel):
+        cut["model.vision.num_heads"] = model.vision.num_heads
+        cut["model.vision.ffn_hidden_size"] = model.vision.ffn_hidden_size
+    if language.input_tokens:
+        cut["model.language.vocab_size + input_tokens"] = language.vocab_size + language.input_tokens
     # One matrix makes queries, keys and values; its rows are cut evenly even where ranks share a head.
     qkv = (language.num_heads + 2 * kv_heads) * head_dim(language)
 
@@ -174,12 +219,18 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
     if wrong:
         most = min(cut.values())
         fits = [str(n) for n in range(1, most + 1) if shared(n) and all(s % n == 0 for s in cut.values())]
+        whole = ", or parallel.vision=1" if all("model.vision." in reason for reason in wrong) else ""
         raise UserError(
-            f"parallel.tensor={parallel.tensor} {wrong[0]}; this model takes parallel.tensor={' or '.join(fits)}"
+            f"parallel.tensor={parallel.tensor} {wrong[0]}; this model takes parallel.tensor={' or '.join(fits)}{whole}"
         )
 
 
 def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
+    if parallel.virtual > 1 and model.language.cross_attention_layers:
+        raise UserError(
+            f"parallel.virtual={parallel.virtual} sends hidden states of one length only, but with "
+            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
+        )
     layers, chunks = model.language.num_layers, parallel.pipeline * parallel.virtual
     what = f"parallel.pipeline={parallel.pipeline}"
     if parallel.virtual > 1:
@@ -188,18 +239,21 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
         raise UserError(
             f"{what} is deeper than model.language.num_layers={layers}; lower it to {layers} chunks or fewer"
         )
-    if layers % chunks:
-        fits = [str(n) for n in range(1, layers + 1) if layers % n == 0]
+    given = parallel.layers
+    fits = len(given) == chunks and sum(given) == layers and given[0] >= 0 and min(given[1:], default=1) >= 1
+    if given and not fits:
         raise UserError(
-            f"{what} does not divide model.language.num_layers={layers}; cut it into {' or '.join(fits)} chunks"
+            f"parallel.layers={list(given)} must be {chunks} numbers ({what}), at least 1 each but for the first, that "
+            f"sum to model.language.num_layers={layers}; or [], which balances them"
         )
 
 
 def _check_world(parallel: ParallelConfig, world_size: int, global_packs: int | None, micro_packs: int) -> None:
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % model_ranks:
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} takes a multiple of "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} takes a multiple of "
             f"{model_ranks} ranks, and {world_size} {'was' if world_size == 1 else 'were'} started; "
             "change either number"
         )

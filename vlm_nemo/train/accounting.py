@@ -11,15 +11,15 @@ from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import StepData
 from vlm_nemo.data.sample import Drop
+from vlm_nemo.model.batch import looked
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.flops import step_flops
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.train.config import OptimConfig, TrainerConfig
-from vlm_nemo.train.flops import step_flops
 from vlm_nemo.train.metrics import StepMetrics
-from vlm_nemo.train.optim import part_rates
+from vlm_nemo.train.optim import learns, part_rates
 from vlm_nemo.train.step import StepResult
-from vlm_nemo.types import PackedBatch
 
 
 @dataclass(kw_only=True)
@@ -49,18 +49,21 @@ class Accounting:
         factor: of the learning rates; seconds: the step's; waited: for its data; stop: this rank was asked to.
         """
         rates = part_rates(self.optim_cfg)
-        # One tensor rank of each stage speaks: the first stage about the data, the last about the loss.
-        tells_data = self.ranks.first_stage and self.ranks.tensor_rank == 0
+        # One tensor rank of each stage speaks: the first stage about the data, once for all context ranks; the last
+        # about the loss, each context rank about its own tokens.
+        tells_data = self.ranks.reader
         tells_loss = self.ranks.last_stage and self.ranks.tensor_rank == 0
         told = [0.0] * 5
         if tells_data:  # the reader: the other ranks of its replica have only parts of its rows
             supervised = sum(batch.supervised for batch in data.batches)
             flops = step_flops(
                 self.model_cfg,
-                {part: rate is not None for part, rate in rates.items()},
-                lengths=[n for batch in data.batches for n in sample_lengths(batch)],
+                learns(self.optim_cfg),
+                lengths=[n for batch in data.batches for n in batch.lengths],
                 grids=[(rows, columns) for batch in data.batches for rows, columns in batch.images.grids.tolist()],
                 supervised=supervised,
+                views=[count for batch in data.batches for count in batch.images.views.tolist()],
+                looked=[look for batch in data.batches for look in looked(batch, self.model_cfg)],
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
             told = [tokens, samples, supervised, flops.total, len(data.local_drops)]
@@ -112,9 +115,3 @@ class Accounting:
             self.data_cfg.min_samples_before_stop,
             own={name: source.max_bad_fraction for name, source in sources if source.max_bad_fraction is not None},
         )
-
-
-def sample_lengths(batch: PackedBatch) -> list[int]:
-    """Tokens of each sample of a batch, padding left out."""
-    cu = [c for c in batch.cu_seqlens.tolist() if c <= batch.used_tokens]
-    return [b - a for a, b in zip(cu, cu[1:], strict=False)]

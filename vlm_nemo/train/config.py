@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from omegaconf import MISSING
+
 
 @dataclass(kw_only=True)
 class OptimConfig:
@@ -59,6 +61,26 @@ class CheckpointConfig:
     """Newest checkpoints to keep; 0 = all."""
     resume: bool = True
     """Go on from the newest checkpoint of run_dir if there is one."""
+    asynchronous: bool = True
+    """Write in the background from a copy in the host's memory, so that a step waits for that copy alone; where the
+    memory does not suffice, or with false, the step waits for the disk."""
+
+
+@dataclass(kw_only=True)
+class CheckpointsConfig:
+    """What to do with the checkpoints of a folder (`vlm_nemo.train.manifest`)."""
+
+    action: str = field(default="list", metadata={"choices": ("list", "verify", "prune")})
+    """list: what there is, files compared by size; verify: every byte read and compared by its hash; prune: remove all
+    but those that keep and every say, and never the newest intact one."""
+    dir: str = MISSING
+    """A run's folder, its folder of checkpoints, or one step folder."""
+    keep: int = 2
+    """Of prune: how many of the newest to leave, at least 1."""
+    every: int = 0
+    """Of prune: leave the steps that are multiples of this, too; 0 = none of them for that."""
+    yes: bool = False
+    """Of prune: remove; without it the table tells what would go."""
 
 
 @dataclass(kw_only=True)

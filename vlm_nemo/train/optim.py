@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, ParamPredicate, clip_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, ParamPredicate
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 
 from vlm_nemo.model.vlm import PARTS, VLM
+from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.types import UserError
@@ -27,6 +29,11 @@ def part_rates(cfg: OptimConfig) -> dict[str, float | None]:
     if all(rate is None for rate in rates.values()):
         raise UserError("every part is frozen; give optim.vision_lr, optim.projector_lr or optim.language_lr a value")
     return rates
+
+
+def learns(cfg: OptimConfig) -> dict[str, bool]:
+    """Part -> whether it is trained."""
+    return {part: rate is not None for part, rate in part_rates(cfg).items()}
 
 
 def freeze(chunks: Sequence[VLM], rates: dict[str, float | None]) -> None:
@@ -41,9 +48,36 @@ def wrap(chunks: Sequence[VLM], parallel: ParallelConfig) -> list[DistributedDat
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
-    return [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    model = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    if parallel.overlap_param_gather:
+        for wrapped, chunk in zip(model, chunks, strict=True):
+            if chunk.pre_process:
+                chunk.projector.register_forward_pre_hook(_wait_for_all(wrapped))
+    return model
+
+
+def _wait_for_all(wrapped: DistributedDataParallel) -> Callable[..., None]:
+    """megatron waits for a module's own weights when it is called. A projector multiplies by its children's too."""
+    wait = wrapped._make_forward_pre_hook()
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        for child in module.modules():
+            wait(child)
+
+    return hook
+
+
+def settle(model: Sequence[DistributedDataParallel]) -> None:
+    """Have all weights in place, where parallel.overlap_param_gather leaves that to the next forward pass. All ranks
+    together, before weights are read in any other way."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.param_gather_dispatched = False  # the forward pass gathers in its order, as it is used to
 
 
 def build_optimizer(
@@ -56,7 +90,6 @@ def build_optimizer(
             overrides[ParamKey(name=f"module.{part}.*")] = {"max_lr": rate, "min_lr": rate * cfg.min_lr_ratio}
     one_dimensional = ParamPredicate(name="norm_or_bias", fn=lambda p: p.ndim == 1)
     overrides[ParamKey(predicate=one_dimensional)] = {"wd_mult": 0.0}
-    _foreach_gradient_norm()
     # One AdamW everywhere: TransformerEngine's and apex's keep their step count elsewhere, so that a checkpoint would
     # resume with another bias correction where they are installed.
     mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
@@ -102,15 +135,34 @@ def rate_factor(step: int, steps: int, warmup: int, floor: float) -> float:
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def update(optimizer: MegatronOptimizer, clip: float) -> tuple[float, bool]:
-    """Clip the summed gradients and step. Returns (gradient norm before clipping, applied).
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
+    """[] fp32 on the device: the norm of the summed gradients, every parameter counted once; no look at it.
+
+    megatron's own reads it back, and without apex or TransformerEngine every parameter's besides.
+    """
+    optimizer.prepare_grads()
+    gradients: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for inner in optimizer.chained_optimizers:  # those that hold nothing take part in the sum too
+        own = gradients.setdefault(inner.get_grad_stats_parallel_group(), [])
+        own += inner.get_main_grads_for_grad_norm()
+    total = torch.zeros((), device=device.device())
+    for group, found in gradients.items():
+        squares = torch.zeros((), device=device.device())
+        if found:
+            squares = torch.stack(torch._foreach_norm(found, 2)).square().sum()
+        dist.all_reduce(squares, group=group)
+        total += squares
+    return total.sqrt()
+
+
+def update(optimizer: MegatronOptimizer, norm: float, clip: float) -> bool:
+    """Clip the summed gradients, whose norm this is, and step; whether it did.
 
     A norm that is not finite is the same on every rank, so all of them leave the weights alone together.
     """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
-        return norm, False
+        return False
     scale = clip / (norm + 1e-6)
     if clip > 0 and scale < 1:
         parameters = [p for inner in _inner(optimizer) for p in inner.get_parameters()]
@@ -118,7 +170,7 @@ def update(optimizer: MegatronOptimizer, clip: float) -> tuple[float, bool]:
         if gradients:
             torch._foreach_mul_(gradients, scale)
     optimizer.step_with_ready_grads()
-    return norm, True
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,15 +238,3 @@ def refresh_masters(optimizer: MegatronOptimizer) -> None:
 def _inner(optimizer: MegatronOptimizer) -> list[Any]:
     """megatron chains one optimizer for dense and one for expert parameters; stubs hold nothing."""
     return [o for o in optimizer.chained_optimizers if not o.is_stub_optimizer and o.optimizer is not None]
-
-
-def _foreach_gradient_norm() -> None:
-    """Without apex or TransformerEngine megatron reads every gradient's norm back to the host, one by one."""
-    if clip_grads.l2_norm_impl.__module__.startswith(("transformer_engine", "amp_C", "apex")):
-        return
-
-    def l2_norm(chunk: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool, *_: Any) -> Any:
-        norms = torch._foreach_norm(tensors[0], 2)
-        return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
-
-    clip_grads.l2_norm_impl = l2_norm

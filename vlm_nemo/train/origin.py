@@ -43,10 +43,17 @@ def model_config(saved: dict[str, Any]) -> ModelConfig:
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
     """Raises UserError where the tokenizer has ids that the embedding has no row for."""
-    if tokenizer.vocab_size > model.language.vocab_size:
+    language = model.language
+    if tokenizer.vocab_size > language.vocab_size + language.input_tokens:
+        more = f" and model.language.input_tokens={language.input_tokens}" if language.input_tokens else ""
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.language.vocab_size is "
-            f"{model.language.vocab_size}; raise it to a multiple of 64 of at least {tokenizer.vocab_size}"
+            f"{language.vocab_size}{more}; raise it to a multiple of 64 of at least {tokenizer.vocab_size}"
+        )
+    if tokenizer.eos_id >= language.vocab_size:
+        raise UserError(
+            f"the tokenizer's eos is {tokenizer.eos_id}, which the head cannot say: model.language.vocab_size="
+            f"{language.vocab_size}, and the model.language.input_tokens={language.input_tokens} behind are only read"
         )
 
 

@@ -7,30 +7,50 @@ and any layout can be read from any other: a reader assembles the box it needs f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm_nemo.model.boxes import Box, LocalParameter
-from vlm_nemo.train.optim import OptimizerSlice
 from vlm_nemo.types import UserError
 
 MOMENTS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 """AdamW's running means, as torch names them."""
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Types as the headers of safetensors name them."""
+
 UNUSED_KIND = "unused"
 UNUSED_FILE = "unused.safetensors"
 """Beside the weights: tensors that came with an imported model and that ours has no place for. Their keys begin with
 their part, too."""
+
+
+class Abandoned(Exception):
+    """A file was not finished because nobody wants it any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,44 +71,44 @@ class Chunk:
         return self.start == 0 and self.stop == math.prod(self.shape)
 
 
-def weight_chunks(parameters: Iterable[LocalParameter]) -> Iterator[tuple[Chunk, Tensor]]:
-    """The weights that this process is the one to write."""
-    for local in parameters:
-        if local.owner:
-            for box, view in local.pieces(local.parameter.data):
-                yield _chunk("weight", box, 0, box.numel), view
+def write(
+    path: Path, chunks: Iterable[tuple[Chunk, Tensor]], stopping: Callable[[], bool] = lambda: False
+) -> tuple[int, str] | None:
+    """Write one process's file and wait until it is on the disk: its size in bytes and its SHA-256.
 
-
-def optimizer_chunks(
-    parameters: Iterable[LocalParameter], slices: Iterable[OptimizerSlice]
-) -> Iterator[tuple[Chunk, Tensor]]:
-    """The optimizer state that this process is the one to write."""
-    by_parameter = {id(p.parameter): p for p in parameters}
-    for held in slices:
-        local = by_parameter[id(held.parameter)]
-        if not (local.model_owner if held.sharded else local.owner):
-            continue
-        tensors: dict[str, Tensor] = {kind: held.state[kind] for kind in MOMENTS if kind in held.state}
-        if held.has_copy:
-            tensors["master"] = held.master.data
-        for kind, tensor in tensors.items():
-            flat = tensor.detach().reshape(-1)
-            for box, start, stop, first in _overlaps(local, held.start, held.stop):
-                yield _chunk(kind, box, start, stop), flat[first : first + stop - start]
-
-
-def write(path: Path, chunks: Iterable[tuple[Chunk, Tensor]]) -> Path | None:
-    """Write one process's file; None if it has nothing to write."""
-    tensors: dict[str, Tensor] = {}
-    index: dict[str, Any] = {}
-    for number, (chunk, tensor) in enumerate(chunks):
-        name = f"{chunk.kind}/{chunk.key}#{number}"
-        tensors[name] = alone(tensor.detach().to("cpu").contiguous())
-        index[name] = asdict(chunk)
-    if not tensors:
+    Tensors may lie anywhere: they are brought to the CPU one at a time. None, and no file, if there is nothing to
+    write.
+    stopping: asked before every tensor. Raises Abandoned where it says yes.
+    """
+    held = list(chunks)
+    if not held:
         return None
-    save_file(tensors, path, metadata={"chunks": json.dumps(index)})
-    return path
+    # As safetensors does, the widest types come first, so that every tensor begins at a multiple of its own width
+    held.sort(key=lambda entry: -entry[1].element_size())
+    header: dict[str, Any] = {}
+    index: dict[str, Any] = {}
+    at = 0
+    for number, (chunk, tensor) in enumerate(held):
+        name = f"{chunk.kind}/{chunk.key}#{number}"
+        index[name] = asdict(chunk)
+        span = [at, at := at + tensor.numel() * tensor.element_size()]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+    words = json.dumps({"__metadata__": {"chunks": json.dumps(index)}, **header}).encode()
+    words += b" " * (-len(words) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (len(words).to_bytes(8, "little"), words):
+            digest.update(piece)
+            file.write(piece)
+        for _, tensor in held:
+            if stopping():
+                raise Abandoned(str(path))
+            content = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(content)
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return 8 + len(words) + at, digest.hexdigest()
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -99,7 +119,7 @@ def alone(tensor: Tensor) -> Tensor:
 def whole_chunk(kind: str, key: str, shape: tuple[int, ...]) -> Chunk:
     """A global tensor in one piece."""
     box = Box(key=key, global_shape=shape, offset=(0,) * len(shape), shape=shape)
-    return _chunk(kind, box, 0, math.prod(shape))
+    return chunk_of(kind, box, 0, math.prod(shape))
 
 
 def read_unused(weights: Path, skip_parts: Collection[str] = ()) -> list[tuple[Chunk, Tensor]]:
@@ -167,10 +187,47 @@ class Reader:
 
     def flat(self, kind: str, local: LocalParameter, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a local parameter's `kind`, flattened."""
-        parts = []
-        for box, first, last, _ in _overlaps(local, start, stop):
-            parts.append(self.box(kind, box).reshape(-1)[first:last])
+        parts = [self._span(kind, box, first, last) for box, first, last, _ in overlaps(local.boxes, start, stop)]
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def holds(self, kind: str, box: Box, dtype: torch.dtype) -> bool:
+        """Whether every element of a box is stored, as this type."""
+        filled = 0
+        for chunk, path, name in self._chunks.get((kind, box.key), []):
+            span = _intersection(chunk.offset, chunk.shape, box)
+            if chunk.global_shape != box.global_shape or not chunk.whole or span is None:
+                continue
+            if self._files[path].get_slice(name).get_dtype() != DTYPES[dtype]:
+                return False
+            filled += math.prod(b - a for a, b in span)
+        return filled == box.numel
+
+    def files_of_parts(self) -> dict[str, list[str]]:
+        """Part -> the files that hold its weights, for the parts whose files hold nothing else."""
+        parts_of: dict[Path, set[str]] = defaultdict(set)
+        for (kind, key), found in self._chunks.items():
+            for _, path, _ in found:
+                parts_of[path].add(key.split(".", 1)[0] if kind == "weight" else kind)
+        mixed = {part for parts in parts_of.values() if len(parts) > 1 for part in parts}
+        return {
+            part: sorted(path.name for path, parts in parts_of.items() if part in parts)
+            for part in self.parts()
+            if part not in mixed
+        }
+
+    def _span(self, kind: str, box: Box, first: int, last: int) -> Tensor:
+        """Elements [first, last) of a box; no others are read where the box was written as it is."""
+        found, at = [], first
+        same = [part for part in self._chunks.get((kind, box.key), []) if _is(part[0], box)]
+        for chunk, path, name in sorted(same, key=lambda part: part[0].start):
+            if chunk.start <= at < (stop := min(chunk.stop, last)):
+                stored = self._files[path].get_slice(name)
+                if len(stored.get_shape()) == 1:
+                    found.append(stored[at - chunk.start : stop - chunk.start])
+                else:
+                    found.append(self._files[path].get_tensor(name).reshape(-1)[at - chunk.start : stop - chunk.start])
+                at = stop
+        return torch.cat(found) if at == last else self.box(kind, box).reshape(-1)[first:last]
 
     def _assemble(self, shape: tuple[int, ...], parts: list[tuple[Chunk, Path, str]]) -> Tensor:
         if len(parts) == 1 and parts[0][0].whole:
@@ -201,17 +258,22 @@ def _intersection(offset: tuple[int, ...], shape: tuple[int, ...], box: Box) -> 
     return spans if all(a < b for a, b in spans) else None
 
 
-def _overlaps(local: LocalParameter, start: int, stop: int) -> Iterator[tuple[Box, int, int, int]]:
-    """Elements [start, stop) of a parameter, box by box: (box, first, last in the box, first in the span)."""
+def _is(chunk: Chunk, box: Box) -> bool:
+    return (chunk.global_shape, chunk.offset, chunk.shape) == (box.global_shape, box.offset, box.shape)
+
+
+def overlaps(boxes: Iterable[Box], start: int, stop: int) -> Iterator[tuple[Box, int, int, int]]:
+    """Elements [start, stop) of boxes one after the other: (box, first, last in the box, first in the span)."""
     at = 0
-    for box in local.boxes:
+    for box in boxes:
         first, last = max(start, at), min(stop, at + box.numel)
         if first < last:
             yield box, first - at, last - at, first - start
         at += box.numel
 
 
-def _chunk(kind: str, box: Box, start: int, stop: int) -> Chunk:
+def chunk_of(kind: str, box: Box, start: int, stop: int) -> Chunk:
+    """Elements [start, stop) of a box."""
     return Chunk(
         kind=kind,
         key=box.key,

@@ -25,11 +25,11 @@ from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest
-from vlm_nemo.train import checkpoint
 from vlm_nemo.train.accounting import Accounting
 from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import MetricsWriter
-from vlm_nemo.train.optim import set_rates
+from vlm_nemo.train.optim import set_rates, settle
+from vlm_nemo.train.saver import Saver
 from vlm_nemo.train.step import train_step
 from vlm_nemo.types import PackedBatch, UserError
 
@@ -57,8 +57,7 @@ class Trainer:
     ledger: Ledger
     metrics: MetricsWriter | None
     """On the main rank only."""
-    write_extras: Callable[[Path], None]
-    """Adds config and tokenizer to a checkpoint; runs on one rank."""
+    saver: Saver
     request: StopRequest
     clock: Callable[[], float]
     """Seconds that the run's attempts took so far."""
@@ -107,11 +106,12 @@ class Trainer:
                 factor=factor,
                 seconds=recent[-1],
                 waited=self.loader.wait_s,
-                stop=self.request.name is not None,
+                stop=self.request.name is not None or self.saver.failed,
             )
             if self.metrics is not None:
                 self.metrics.write(metrics, sum(recent) / len(recent))
             self._judge(books)
+            self._tell_saved()
             skipped_in_a_row = skipped_in_a_row + 1 if metrics.skipped else 0
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise UserError(
@@ -122,8 +122,10 @@ class Trainer:
             if every and step % every == 0 and step < last and not stopping:
                 self._save(step, data.state)
                 saved = step
+        self.saver.wait()  # what went wrong in the background ended the loop, and is raised here, on all ranks
         if step > saved:
-            self._save(step, data.state)
+            self._save(step, data.state, last=True)
+        self._tell_saved()
         self._say(self.ledger.table())
         if stopping:
             name = self.request.name or "a signal to another rank"
@@ -134,7 +136,15 @@ class Trainer:
         return step
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
-        return model_batch(row, self.model_cfg, image_token=self.image_token, device=device.device())
+        context = (self.ranks.context_rank, self.ranks.context)
+        return model_batch(
+            row,
+            self.model_cfg,
+            image_token=self.image_token,
+            device=device.device(),
+            context=context,
+            sharing=self.chunks[0].image_place,
+        )
 
     def _next(self) -> StepData:
         """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""
@@ -156,24 +166,24 @@ class Trainer:
             self._say(self.ledger.table())
             raise
 
-    def _save(self, step: int, loader_state: dict[str, Any]) -> None:
+    def _save(self, step: int, loader_state: dict[str, Any], last: bool = False) -> None:
         # Seen is what the order gave out, less what still waits for its row
         self.ledger.assert_whole(loader_state["position"] - len(loader_state["pool"]))
+        settle(self.model)
         state = {"loader": loader_state, "ledger": self.ledger.to_json(), "updates": self.updates}
-        checkpoint.save(
-            self.run_dir / "checkpoints",
-            step,
-            ranks=self.ranks,
-            chunks=self.chunks,
-            optimizer=self.optimizer,
-            state=state,
-            write_extras=self.write_extras,
-            keep=self.checkpoint_cfg.keep,
-        )
-        self._write_ledger()
-        self._write_progress(step)
+        ledger = self._ledger_text()
+
+        def after() -> None:
+            self._write_ledger(ledger)
+            self._write_progress(step)
+
+        self.saver.save(step, state, wait=last, after=after)
         if self.metrics is not None:
             self.metrics.plot()
+
+    def _tell_saved(self) -> None:
+        for line in self.saver.news():
+            self._say(line)
 
     def _write_progress(self, step: int) -> None:
         """run.json: the last step that a checkpoint holds, of how many. Launchers read it: written at the start too, so
@@ -185,9 +195,12 @@ class Trainer:
             draft.write_text(json.dumps(progress) + "\n")
             draft.replace(self.run_dir / "run.json")
 
-    def _write_ledger(self) -> None:
+    def _ledger_text(self) -> str:
+        return json.dumps(self.ledger.to_json(), indent=1) + "\n"
+
+    def _write_ledger(self, text: str | None = None) -> None:
         if self.ranks.main:
-            (self.run_dir / "ledger.json").write_text(json.dumps(self.ledger.to_json(), indent=1) + "\n")
+            (self.run_dir / "ledger.json").write_text(text or self._ledger_text())
 
     def _say(self, line: str) -> None:
         if self.metrics is not None:

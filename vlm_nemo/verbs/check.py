@@ -20,15 +20,19 @@ from vlm_nemo.check.parity import parity
 from vlm_nemo.check.plan import Job, plan
 from vlm_nemo.check.report import Finding
 from vlm_nemo.check.rows import IMAGE, blank_row, blank_sample, full_row
-from vlm_nemo.check.sources import absent, open_sources, template_of
+from vlm_nemo.check.sources import absent, spoken_samples
 from vlm_nemo.config import CheckRoot
 from vlm_nemo.data.layout.images import plan_image
+from vlm_nemo.data.sources import Sources, open_sources, template_of
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.stages import Work, work_of
 from vlm_nemo.model.twin import twin
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.types import PackedBatch, UserError
 from vlm_nemo.verbs.common import set_up_logging
+from vlm_nemo.verbs.cut import first_work
 
 LABELS = 500
 """Samples whose labels are derived once more."""
@@ -87,7 +91,7 @@ def _parts(cfg: CheckRoot, folder: Path) -> dict[str, Callable[[], Finding]]:
 
 
 def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
-    row, image_token, assumed = _typical_row(cfg, there_is_data)
+    row, image_token, assumed, work = _typical_row(cfg, there_is_data)
     job = Job(
         model=cfg.model,
         parallel=cfg.parallel,
@@ -97,17 +101,25 @@ def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
         micro_packs=cfg.data.micro_packs,
         capacity=cfg.data.pack.capacity,
         world=cfg.check.world,
-        batch=model_batch(row, cfg.model, image_token=image_token, device=torch.device("cpu")),
+        batch=lambda parallel: model_batch(
+            row,
+            cfg.model,
+            image_token=image_token,
+            device=torch.device("cpu"),
+            context=(0, parallel.context),
+            sharing=(0, image_ranks(parallel)),
+        ),
+        work=work,
     )
     return plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
 
 
-def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int, str]:
-    """A micro-batch, the id of its placeholders, and what it is."""
+def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int, str, Work]:
+    """A micro-batch, the id of its placeholders, what it is, and the rows by which stages are balanced."""
     spec, rows = spec_of(cfg.model), cfg.data.micro_packs
     capacity = cfg.data.pack.capacity * rows
     if there_is_data:
-        sources = open_sources(cfg.data, spec, seed=cfg.seed)
+        sources = _open(cfg)
         planned = (
             sources.planner(cfg.model.language.max_positions).step(max(rows, min(cfg.data.global_packs, TYPICAL))).rows
         )
@@ -116,12 +128,14 @@ def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int,
         samples = [sample for row in planned[middle : middle + rows] for sample in row]
         row = blank_row(sources.encoder, samples, capacity)
         what = f"a micro-batch of the data's first {len(planned)} rows, the middle one by vision work: "
-        return row, sources.encoder.tokenizer.image_id, what + _what(row)
+        matters = cfg.parallel.pipeline > 1 or image_ranks(cfg.parallel) > 1
+        work = first_work(cfg, sources) if matters else work_of([row], cfg.model)
+        return row, sources.encoder.tokenizer.image_id, what + _what(row), work
     width, height = cfg.check.image
     sample = blank_sample(spec, [plan_image(spec, (width, height))], cfg.check.text)
     row = full_row(spec, sample, capacity)
     what = f"no data to look at, so every sample has an image of {width} x {height} and {cfg.check.text} tokens of text"
-    return row, IMAGE, f"{what}: {_what(row)}"
+    return row, IMAGE, f"{what}: {_what(row)}", work_of([row], cfg.model)
 
 
 def _what(row: PackedBatch) -> str:
@@ -131,8 +145,8 @@ def _what(row: PackedBatch) -> str:
 def _leaks(cfg: CheckRoot, small: Subject, there_is_data: bool) -> Finding:
     template = template_of(cfg.data)
     if there_is_data:
-        sources = open_sources(cfg.data, spec_of(cfg.model), seed=cfg.seed)
-        spoken = sources.spoken(min(LABELS, cfg.check.samples))
+        sources = _open(cfg)
+        spoken = spoken_samples(sources, min(LABELS, cfg.check.samples))
         return leaks(small, spoken, sources.encoder.tokenizer, template, "samples of the recipe")
     made = zip(conversations(spec_of(small.model).size), small.samples(), strict=True)
     spoken = [Spoken(one.messages, sample, f"sample {i}") for i, (one, sample) in enumerate(made, 1)]
@@ -140,10 +154,14 @@ def _leaks(cfg: CheckRoot, small: Subject, there_is_data: bool) -> Finding:
 
 
 def _data(cfg: CheckRoot) -> Finding:
-    sources = open_sources(cfg.data, spec_of(cfg.model), seed=cfg.seed)
+    sources = _open(cfg)
     return audit(
         sources,
         samples=cfg.check.samples,
         max_tokens=cfg.model.language.max_positions,
-        replicas=max(1, cfg.check.world // (cfg.parallel.tensor * cfg.parallel.pipeline)),
+        replicas=max(1, cfg.check.world // (cfg.parallel.tensor * cfg.parallel.context * cfg.parallel.pipeline)),
     )
+
+
+def _open(cfg: CheckRoot) -> Sources:
+    return open_sources(cfg.data, spec_of(cfg.model), Tokenizer(cfg.data.tokenizer), seed=cfg.seed)

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from vlm_nemo.config import GenerateRoot
-from vlm_nemo.data.chat import count_markers, encode_prompt
+from vlm_nemo.data.chat import encode_prompt
 from vlm_nemo.data.sample import Message
+from vlm_nemo.data.turns import count_markers
 from vlm_nemo.infer import replicas
 from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.infer.images import decode_items, plan_items

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from vlm_nemo import config
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.export.config import ExportConfig
+from vlm_nemo.train.config import CheckpointsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class Verb:
     model: tuple[str, ...] = ()
     """Keys of which the command line itself has to name one, and only one: the model that is asked. (A recipe's
     checkpoint.load is where its training starts from.)"""
-    positional: str | None = None
-    """The key that a bare word sets."""
+    positional: tuple[str, ...] = ()
+    """The keys that bare words set, one after the other."""
     recipes: bool = False
     """Takes `recipe=NAME`."""
     ranks: bool = True
@@ -51,7 +52,7 @@ VERBS: dict[str, Verb] = {
             ),
             root=PrepareConfig,
             run="vlm_nemo.data.prepare.run:prepare",
-            positional="manifest",
+            positional=("manifest",),
             ranks=False,
             notes=(
                 "a path without a key is the manifest; the same command again goes on, and keeps what is done",
@@ -85,6 +86,22 @@ VERBS: dict[str, Verb] = {
             notes=(
                 "takes the words of train; starts small processes of its own on the CPU, and needs no GPU",
                 "fails (exit code 2) where a part does; what there is no data for is skipped and said",
+            ),
+        ),
+        Verb(
+            name="checkpoint",
+            summary="list a run's checkpoints, verify every byte of them, remove the old ones",
+            examples=(
+                "vlm-nemo checkpoint list runs/demo/stage1",
+                "vlm-nemo checkpoint prune runs/llava15_7b/stage2 keep=3 every=1000 yes=true",
+            ),
+            root=CheckpointsConfig,
+            run="vlm_nemo.verbs.checkpoint:checkpoint",
+            positional=("action", "dir"),
+            ranks=False,
+            notes=(
+                "the words without a key are action and dir; needs neither torch nor a GPU",
+                "exit code 2 where a checkpoint is damaged (verify) or none is intact (prune)",
             ),
         ),
         Verb(

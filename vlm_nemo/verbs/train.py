@@ -30,10 +30,12 @@ from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim, tensors
 from vlm_nemo.train.metrics import MetricsWriter
 from vlm_nemo.train.origin import check_tokenizer, check_vocabulary
+from vlm_nemo.train.saver import Saver
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
+from vlm_nemo.verbs.cut import cut
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,6 @@ def train(cfg: Config) -> None:
 def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -> None:
     began = time.perf_counter()
     run_dir = Path(cfg.run_dir)
-    told = redact(asdict(cfg))  # what is written down or sent away; the run itself needs nothing of it
-    config_text = yaml.safe_dump(told, sort_keys=False)
 
     # 1. What there is to start from and to read, checked before anything is built
     tokenizer = Tokenizer(cfg.data.tokenizer)
@@ -92,6 +92,10 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         ranks,
     )
     opened.callback(loader.close)
+    parallel, stages = cut(cfg, ranks, saved.path if saved else None)
+    cfg = replace(cfg, parallel=parallel)
+    told = redact(asdict(cfg))  # what is written down or sent away; the run itself needs nothing of it
+    config_text = yaml.safe_dump(told, sort_keys=False)
     if ranks.main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_text)
@@ -109,13 +113,26 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     if saved:
         checkpoint.load_optimizer(saved.path, chunks, optimizer, saved.updates)
 
-    # In memory: the checkpoint that it comes from may be gone before this run's last one is written
-    unused = tensors.read_unused(source / "weights", skip_parts=fresh) if source and ranks.main else []
-
     def write_extras(folder: Path) -> None:
         (folder / "config.yaml").write_text(config_text)
         tokenizer.save(folder / "tokenizer")
-        tensors.write(folder / "weights" / tensors.UNUSED_FILE, unused)
+
+    saver = opened.enter_context(
+        Saver(
+            run_dir / "checkpoints",
+            ranks=ranks,
+            chunks=chunks,
+            optimizer=optimizer,
+            write_extras=write_extras,
+            keep=cfg.checkpoint.keep,
+            asynchronous=cfg.checkpoint.asynchronous,
+            frozen=[part for part, rate in optim.part_rates(cfg.optim).items() if rate is None],
+            source=source,
+            fresh=fresh,
+            # In memory: the checkpoint that it comes from may be gone before this run's first one is written
+            unused=tensors.read_unused(source / "weights", skip_parts=fresh) if source and ranks.main else [],
+        )
+    )
 
     # 3. The loop
     metrics = None
@@ -124,11 +141,17 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         opened.callback(metrics.close)
         if saved:
             metrics.say(f"going on from {saved.path} (step {start})")
+        if cfg.checkpoint.asynchronous and not saver.asynchronous:
+            log.warning(f"checkpoints are not written in the background: their copies need {saver.room}")
+        elif saver.asynchronous and 0 < cfg.checkpoint.every < cfg.trainer.steps:
+            metrics.say(f"checkpoints are written in the background, from copies: {saver.room}")
         if loader.loader is not None and loader.loader.first_lengths:
             line, warning = judge_packing(loader.loader.first_lengths, loader.loader.cycle, cfg.data.pack)
             metrics.say(line)
             if warning:
                 log.warning(warning)
+        for line in stages:
+            metrics.say(line)
     ledger = Ledger.from_json(saved.state["ledger"]) if saved else Ledger()
     ledger.quiet = not ranks.main  # all ranks keep the same ledger; one names the samples
     trainer = Trainer(
@@ -146,7 +169,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         loader=loader,
         ledger=ledger,
         metrics=metrics,
-        write_extras=write_extras,
+        saver=saver,
         request=request,
         clock=lambda: before + time.perf_counter() - began,
         start=start,

@@ -140,6 +140,7 @@ NAMES = {
     "qwen2_vl": "Qwen2-VL's",
     "qwen2_5_vl": "Qwen2.5-VL's",
     "eva": "EVA",
+    "mllama": "Llama 3.2 Vision's",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",

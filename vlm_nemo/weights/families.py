@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.weights.configs import blip, gemma, idefics, internvl, llava, ovis, qwen_vl
+from vlm_nemo.weights.configs import blip, gemma, idefics, internvl, llava, mllama, ovis, qwen_vl
 from vlm_nemo.weights.configs.common import Words
 from vlm_nemo.weights.spelling import PREFIXES, Prefixes
 
@@ -103,7 +103,7 @@ FAMILIES: dict[str, Family] = {
         image_processor="LlavaNextImageProcessor",
         prefixes=PREFIXES["llava_next"],
         template="vicuna",
-        layout={"kind": "anyres", "max_unpadded": None},
+        layout={"kind": "anyres", "max_unpadded": None, "tiles_if_alone": False},
         projection={"newline": True},
         projection_free=_MLP_FREE,
         **_CLIP_LIKE,  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ FAMILIES: dict[str, Family] = {
         image_processor="LlavaOnevisionImageProcessor",
         prefixes=PREFIXES["llava_next"],
         template="onevision",
-        layout={"kind": "anyres"},
+        layout={"kind": "anyres", "tiles_if_alone": True},
         projection={"newline": True},
         projection_free=_MLP_FREE,
         **_CLIP_LIKE,  # type: ignore[arg-type]
@@ -244,6 +244,27 @@ FAMILIES: dict[str, Family] = {
         image_processor="SmolVLMImageProcessor",
         tower_variant="smolvlm",
     ),
+    "mllama": Family(
+        architecture="MllamaForConditionalGeneration",
+        model_type="mllama",
+        processor="MllamaProcessor",
+        image_processor="MllamaImageProcessor",
+        prefixes=PREFIXES["mllama"],
+        towers=("mllama",),
+        languages=("mllama",),
+        projector="mllama",
+        template="llama32",
+        read=mllama.read,
+        write=mllama.write,
+        vision={"feature_layer": -1, "keep_class_token": True},
+        layout={"kind": "canvas"},
+        projection=mllama.PROJECTOR,
+        # There is one linear layer, whatever these say
+        projection_free=frozenset({"num_layers", "activation"}),
+        image_text="<|image|>",
+        images_first=False,
+        tokens={"image_token": "<|image|>"},
+    ),
     "blip2": Family(
         architecture="Blip2ForConditionalGeneration",
         model_type="blip-2",
@@ -259,17 +280,7 @@ FAMILIES: dict[str, Family] = {
         vision={"feature_layer": -1, "keep_class_token": True},
         layout=blip.LAYOUT,
         projection={"kind": "qformer"},
-        projection_free=frozenset(
-            {
-                "num_queries",
-                "num_layers",
-                "hidden_size",
-                "num_heads",
-                "ffn_hidden_size",
-                "norm_eps",
-                "cross_attention_every",
-            }
-        ),
+        projection_free=blip.FREE,
         image_text="",
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import count, groupby
 from pathlib import Path
 
 import torch
@@ -52,13 +53,17 @@ def to_checkpoint(
         if wordy is not None:
             added = import_tokenizer(wordy.path, draft / "tokenizer", _image_id(wordy))
             tokenizer = Tokenizer(draft / "tokenizer")
-            grown = rows_needed(tokenizer.vocab_size, cfg.language.vocab_size)
+            grown = _rows_for(tokenizer.vocab_size, cfg, wordy)
             if added or grown > cfg.language.vocab_size:
                 say(_growth(added, cfg.language.vocab_size, grown))
         chosen = template or next((t for f in folders if (t := template_of(f.path))), None) or _usual(folders)
         (draft / "weights").mkdir()
-        for number, shard in enumerate(in_shards(_weights(folders, cfg, grown, dtype), max_bytes), 1):
-            tensors.write(draft / "weights" / f"part_{number:05d}.safetensors", shard)
+        # A file holds one part alone, so that a run which does not train that part can share it
+        numbers = count(1)
+        for part, items in groupby(_weights(folders, cfg, grown, dtype), key=lambda item: item[0].key.split(".", 1)[0]):
+            for shard in in_shards(items, max_bytes):
+                tensors.write(draft / "weights" / f"{part}_{next(numbers):05d}.safetensors", shard)
+                shard.clear()
         tensors.write(draft / "weights" / UNUSED_FILE, _unused(folders, cfg))
         cfg.language.vocab_size = grown
         stored = str(dtype).removeprefix("torch.") if dtype else _dtype(folders)
@@ -94,6 +99,17 @@ def _image_id(folder: HFFolder) -> int | None:
     return folder.config.get("image_token_id", folder.config.get("image_token_index"))
 
 
+def _rows_for(tokens: int, cfg: ModelConfig, folder: HFFolder) -> int:
+    """Rows that embedding and head share, for a tokenizer of so many tokens."""
+    rows, more = cfg.language.vocab_size, cfg.language.input_tokens
+    if tokens > rows + more > rows:
+        raise UserError(
+            f"{folder.path}: its tokenizer has {tokens} tokens, its embedding {rows + more} rows of which the last "
+            f"{more} are not in the head: it cannot grow; take tokens out of tokenizer.json"
+        )
+    return rows if more else rows_needed(tokens, rows)
+
+
 def _growth(added: Sequence[str], rows: int, grown: int) -> str:
     what = f"added {' and '.join(added)} to the tokenizer" if added else "the tokenizer has more tokens than rows"
     if grown == rows:
@@ -108,7 +124,7 @@ def _weights(
         for entry in folder.naming(cfg).entries(cfg, folder.parts):
             whole = joined(folder, entry)
             if entry.ours in (EMBEDDING, HEAD):
-                whole = _grow(whole, rows)
+                whole = _grow(whole, rows + (cfg.language.input_tokens if entry.ours == EMBEDDING else 0))
             yield whole_chunk("weight", entry.ours, tuple(whole.shape)), cast(whole, dtype)
 
 

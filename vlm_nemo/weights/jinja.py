@@ -21,6 +21,9 @@ def jinja(template: Template, image: str = LINE, images_first: bool = True) -> s
     mark = image.strip("\n")
     said = f"{q(t.system_start)} + {{}} + {q(t.system_end)}"
     own = q(t.system_start + t.system + t.system_end if t.system else "")
+    if t.preamble:
+        said = f"{q(t.system_start)} + preamble + {{}} + {q(t.system_end)}"
+        own = f"({q(t.system_start)} + preamble + {q(t.system + t.system_end)} if preamble else {own})"
     behind = "text(message['content'])"
     if t.user_lead:
         behind = f"({q('')} if {behind}.startswith({q(mark)}) else {q(t.user_lead)}) + {behind}"
@@ -32,6 +35,7 @@ def jinja(template: Template, image: str = LINE, images_first: bool = True) -> s
         [
             _text_of(mark, image, images_first),
             say("bos_token") if t.bos else "",
+            _preamble(t.preamble, mark) if t.preamble else "",
             run("if messages and messages[0]['role'] == 'system'"),
             run("set said = " + said.format("text(messages[0]['content'])")) + run("set turns = messages[1:]"),
             run("else") + run(f"set said = {own}") + run("set turns = messages") + run("endif"),
@@ -41,6 +45,20 @@ def jinja(template: Template, image: str = LINE, images_first: bool = True) -> s
             say(f"{q(t.user_start)} + {behind} + {q(t.user_end)}"),
             run("else") + say(answer) + run("endif") + run("endfor"),
             run("if add_generation_prompt") + say(q(t.assistant_start)) + run("endif"),
+        ]
+    )
+
+
+def _preamble(text: str, mark: str) -> str:
+    """Sets what stands before the system's text: nothing where any message has an image."""
+    inside = " or ".join(f"{q(name)} in message['content']" for name in dict.fromkeys((IMAGE_MARKER, mark)))
+    kinds = "message['content'] | selectattr('type', 'equalto', 'image') | list"
+    seen = f"(({inside}) if message['content'] is string else ({kinds}))"
+    return "".join(
+        [
+            run(f"set ns = namespace(preamble={q(text)})"),
+            run("for message in messages") + run(f"if {seen}") + run(f"set ns.preamble = {q('')}") + run("endif"),
+            run("endfor") + run("set preamble = ns.preamble"),
         ]
     )
 

@@ -26,6 +26,7 @@ from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.tiles import tilings
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
@@ -147,13 +148,38 @@ def hf_inputs(
         given["pixel_values"] = tiles
         given["image_sizes"] = torch.tensor([[height, width] for width, height in sizes])
         if cfg.family == "llava_onevision":
-            given["batch_num_images"] = torch.ones(len(counts), dtype=torch.long)
+            given["batch_num_images"] = torch.tensor([len(counts)])
         return given
+    if cfg.family == "mllama":
+        return given | _tiled(cfg, held, views, sample.tokens, image_id)
     given["pixel_values"] = torch.stack(views)
     if cfg.family in ("idefics3", "smolvlm"):
         given["pixel_values"] = given["pixel_values"][None]
         given["pixel_attention_mask"] = torch.ones(1, len(views), *views[0].shape[1:], dtype=torch.bool)
     return given
+
+
+def _tiled(cfg: ModelConfig, images: Any, views: list[Tensor], tokens: Sequence[int], image_id: int) -> dict[str, Any]:
+    """Llama 3.2 Vision's: all images of one conversation, filled up with tiles of zeros, and who looks where."""
+    from transformers.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )
+
+    most, counts = cfg.vision.tiles or 1, images.views.tolist()
+    pixels = torch.zeros(1, len(counts), most, *views[0].shape)
+    for n, part in enumerate(torch.stack(views).split(counts)):
+        pixels[0, n, : len(part)] = part
+    numbers = [1 + tilings(most).index((rows, columns)) for rows, columns in images.tilings.tolist()]
+    seen = get_cross_attention_token_mask(list(tokens), image_id)
+    return {
+        "pixel_values": pixels,
+        "aspect_ratio_ids": torch.tensor([numbers]),
+        "aspect_ratio_mask": (torch.arange(most) < torch.tensor(counts)[:, None]).long()[None],
+        "cross_attention_mask": torch.from_numpy(
+            convert_sparse_cross_attention_mask_to_dense([seen], [counts], most, len(tokens))
+        ),
+    }
 
 
 def _views(cfg: ModelConfig, images: Any) -> list[Tensor]:

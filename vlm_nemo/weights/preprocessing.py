@@ -59,6 +59,7 @@ def read_preprocessing(folder: Path, cfg: ModelConfig) -> None:
         "square": _read_square,
         "anyres": _read_anyres,
         "tiles": _read_tiles,
+        "canvas": _read_canvas,
         "ovis": _read_ovis,
         "rows": _read_rows,
         "native": _read_native,
@@ -114,6 +115,12 @@ def _read_tiles(file: _File, cfg: ModelConfig, layout: LayoutConfig) -> None:
     _squares(file, cfg.vision.image_size)
     layout.min_tiles = file.config.get("min_patches", layout.min_tiles)
     layout.max_tiles = file.config.get("max_patches", layout.max_tiles)
+
+
+def _read_canvas(file: _File, cfg: ModelConfig, layout: LayoutConfig) -> None:
+    _squares(file, cfg.vision.image_size)
+    file.demand("do_pad", True, "it does true")
+    file.demand("max_image_tiles", cfg.vision.tiles, f"config.json has {cfg.vision.tiles} tiles")
 
 
 def _read_ovis(file: _File, cfg: ModelConfig, layout: LayoutConfig) -> None:
@@ -206,6 +213,8 @@ def _views(cfg: ModelConfig) -> dict[str, Any]:
         else:
             sizes = {"size": side}
         return {**sizes, "image_grid_pinpoints": layout.pinpoints, "do_pad": True}
+    if layout.kind == "canvas":
+        return {"size": side, "max_image_tiles": layout.max_tiles, "do_pad": True}
     if layout.kind in ("tiles", "ovis"):
         covering = {"use_covering_area_grid": True} if layout.kind == "ovis" else {}
         tiles = {"min_patches": layout.min_tiles, "max_patches": layout.max_tiles}

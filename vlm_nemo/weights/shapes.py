@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from vlm_nemo.model.tiles import tilings
 from vlm_nemo.weights.names.rows import Entry
 
 Shape = tuple[int, ...]
@@ -56,17 +57,36 @@ def _vision(v: VisionConfig) -> dict[str, Shape]:
         "mlp.linear_fc2.weight": (width, v.ffn_hidden_size),
         "attention_scale": (width,),
         "mlp_scale": (width,),
+        "attention_gate": (1,),
+        "mlp_gate": (1,),
+        **_tiling(v, side**2 + 1),
         "weight": (width,),  # of every norm
     }
+
+
+def _tiling(v: VisionConfig, places: int) -> dict[str, Shape]:
+    if v.tiles is None:
+        return {}
+    kinds = 1 + len(tilings(v.tiles))
+    tables = {"before": 1, "position": places, "behind": 1}
+    found: dict[str, Shape] = {}
+    for name, count in tables.items():
+        found |= {f"tiling.{name}": (kinds, v.tiles * count * v.hidden_size), f"tiling.{name}_gate": (1,)}
+    return found
 
 
 def _language(c: LanguageConfig) -> dict[str, Shape]:
     head = c.head_dim or c.hidden_size // c.num_heads
     return {
-        "word_embeddings.weight": (c.vocab_size, c.hidden_size),
+        "word_embeddings.weight": (c.vocab_size + c.input_tokens, c.hidden_size),
         "output_layer.weight": (c.vocab_size, c.hidden_size),
         "self_attention.linear_qkv.weight": ((c.num_heads + 2 * c.num_kv_heads) * head, c.hidden_size),
         "self_attention.linear_proj.weight": (c.hidden_size, c.num_heads * head),
+        "cross_attention.linear_q.weight": (c.num_heads * head, c.hidden_size),
+        "cross_attention.linear_kv.weight": (2 * c.num_kv_heads * head, c.hidden_size),
+        "cross_attention.linear_proj.weight": (c.hidden_size, c.num_heads * head),
+        "attention_gate": (1,),
+        "mlp_gate": (1,),
         "q_layernorm.weight": (head,),
         "k_layernorm.weight": (head,),
         "mlp.linear_fc1.weight": (2 * c.ffn_hidden_size, c.hidden_size),
@@ -93,7 +113,7 @@ def _experts(c: LanguageConfig) -> dict[str, Shape]:
 
 def _projector(p: ProjectorConfig, cfg: ModelConfig) -> dict[str, Shape]:
     out = cfg.language.hidden_size
-    patch = cfg.vision.hidden_size
+    patch = cfg.vision.feature_size
     wide = patch * (cfg.reduce.factor**2 if cfg.reduce.kind in ("pixel_shuffle", "merge", "hidden_stride") else 1)
     inner = p.hidden_size or out
     if p.kind == "visual_vocabulary":

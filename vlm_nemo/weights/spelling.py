@@ -98,6 +98,11 @@ PREFIXES: dict[str, Prefixes] = {
         Prefix(part="projector", alone="", spelled=("model.connector.",)),
         *_language("model.text_model.", heads=("lm_head.",)),
     ),
+    "mllama": (
+        Prefix(part="vision", alone="", spelled=("vision_model.", "model.vision_model.")),
+        _LLAVA_PROJECTOR,
+        *_UNDER_LLAVA,
+    ),
     "blip2": (
         Prefix(part="vision", alone="", spelled=("vision_model.",)),
         Prefix(part="projector", alone="query_tokens", spelled=("query_tokens",)),

@@ -117,7 +117,7 @@ def _section(cfg: ModelConfig, part: str) -> tuple[object, int, Sizes]:
     v, p, lang = cfg.vision, cfg.projector, cfg.language
     if part == "vision":
         sizes = Sizes(heads=v.num_heads, kv_heads=v.num_heads, patch=v.patch_size, frames=v.temporal_patch_size)
-        return v, layers_used(v), sizes
+        return v, max(layers_used(v), v.global_layers), sizes
     if part == "language":
         sizes = Sizes(heads=lang.num_heads, kv_heads=lang.num_kv_heads, experts=lang.moe.experts or 0)
         return lang, lang.num_layers, sizes

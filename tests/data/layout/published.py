@@ -47,6 +47,30 @@ PUBLISHED: dict[str, str] = {
         + "{{ '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
+    # Without what it says about tools
+    "llama32": (
+        "{{- bos_token }}\n"
+        "{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}\n"
+        "{%- if messages[0]['role'] == 'system' %}"
+        "{%- if messages[0]['content'] is string %}{%- set system_message = messages[0]['content']|trim %}"
+        "{%- else %}{%- set system_message = messages[0]['content'][0]['text']|trim %}{%- endif %}"
+        "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}\n"
+        "{% set image_ns = namespace(has_images=false) %}\n"
+        "{%- for message in messages %}{%- for content in message['content'] %}"
+        "{%- if content['type'] == 'image' %}{%- set image_ns.has_images = true %}{%- endif %}"
+        "{%- endfor %}{%- endfor %}\n"
+        "{%- if not image_ns.has_images %}"
+        "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+        "{{- 'Cutting Knowledge Date: December 2023\n' }}{{- 'Today Date: ' + date_string + '\n\n' }}"
+        "{{- system_message }}{{- '<|eot_id|>' }}{%- endif %}\n"
+        "{%- for message in messages %}"
+        "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+        "{%- if message['content'] is string %}{{- message['content'] }}{%- else %}"
+        "{%- for content in message['content'] %}{%- if content['type'] == 'image' %}{{- IMAGE }}"
+        "{%- elif content['type'] == 'text' %}{{- content['text'] }}{%- endif %}{%- endfor %}{%- endif %}"
+        "{{- '<|eot_id|>' }}{%- endfor %}\n"
+        "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    ),
     "chatml": _CHATML,
     "qwen": (
         "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}" + _SYSTEM + "{% endif %}"

@@ -168,9 +168,9 @@ def test_every_image_has_a_plan_that_adds_up(name: str) -> None:
         sources, shares = plan.sources
         assert shares is None
         assert sum(canvas.views for canvas in plan.canvases) == len(plan.grids)
-        assert sources.max() < plan.embeddings and count_tokens(ours, (width, height)) >= len(sources)
+        assert sources.max() < plan.embeddings and count_tokens(ours, [(width, height)]) >= len(sources)
         kept = sources[sources >= 0]
         assert len(np.unique(kept)) == len(kept), "no embedding has two places"
         if ours.layout.kind != "anyres":
             assert kept.tolist() == list(range(plan.embeddings))
-        assert vision_cost(ours, (width, height)) == sum(math.prod(grid) for grid in plan.grids)
+        assert vision_cost(ours, [(width, height)]) == sum(math.prod(grid) for grid in plan.grids)

@@ -318,7 +318,7 @@ def test_the_loader_trains_on_plain_tars(raw: Path, prepared: Path, tmp_path: Pa
         global_packs=2,
         store=StoreConfig(cache_dir=str(tmp_path / "cache")),
     )
-    assert "short" in TEMPLATES and count_tokens(SPEC, (40, 30)) == 4
+    assert "short" in TEMPLATES and count_tokens(SPEC, [(40, 30)]) == 4
     loader = Loader(cfg, SPEC, tokenizer, seed=1, max_tokens=128, dp_rank=0, dp_size=1)
     try:
         seen: list[int] = []

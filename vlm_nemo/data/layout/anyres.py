@@ -16,11 +16,13 @@ bilinear mean of four.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from vlm_nemo.data.layout.plan import Canvas, ImagePlan, Ints, Placeholders, Shares, run
 from vlm_nemo.data.layout.spec import ImageSpec, reduced, view_tokens
+from vlm_nemo.data.layout.square import square_canvas
 from vlm_nemo.types import UserError
 
 NEWLINE = -1
@@ -49,6 +51,19 @@ def plan_anyres(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
         grids=(spec.grid,) * (1 + rows * columns),
         embeddings=tokens * (1 + rows * columns),
         items=(run(0, tokens), _with_newlines(sources, shares)),
+    )
+
+
+def plan_without_tiles(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
+    """One square view, padded with the mean colour, and a newline behind it. size: (width, height)."""
+    padded = replace(spec, layout=replace(spec.layout, aspect="pad"))
+    tokens = view_tokens(spec, spec.grid)
+    sources = np.append(np.arange(tokens), NEWLINE)
+    return ImagePlan(
+        canvases=(square_canvas(padded, *size),),
+        grids=(spec.grid,),
+        embeddings=tokens,
+        items=(Placeholders(sources=sources),),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from vlm_nemo.data.layout.anyres import plan_anyres
+from vlm_nemo.data.layout.anyres import plan_anyres, plan_without_tiles
 from vlm_nemo.data.layout.native import plan_native
 from vlm_nemo.data.layout.plan import NAME, ImagePlan, plain
 from vlm_nemo.data.layout.rows import plan_rows
@@ -28,27 +28,38 @@ LAYOUTS: dict[str, Callable[[ImageSpec, tuple[int, int]], ImagePlan]] = {
 }
 
 
+def plan_sizes(spec: ImageSpec, sizes: Sequence[tuple[int, int]]) -> list[ImagePlan]:
+    """What becomes of the images of one conversation, (width, height) pixels each. Raises UserError."""
+    return [plan_image(spec, size, len(sizes) == 1) for size in sizes]
+
+
 @lru_cache(maxsize=4096)
-def plan_image(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
-    """What becomes of an image of (width, height) pixels. Raises UserError."""
+def plan_image(spec: ImageSpec, size: tuple[int, int], alone: bool = True) -> ImagePlan:
+    """What becomes of an image of (width, height) pixels; alone: the only one of its conversation. Raises UserError."""
     if spec.layout.kind not in LAYOUTS:
         raise UserError(f"model.layout.kind={spec.layout.kind} is unknown; choose one of {', '.join(LAYOUTS)}")
-    plan = LAYOUTS[spec.layout.kind](spec, size)
+    tiles = alone or not spec.layout.tiles_if_alone
+    plan = LAYOUTS[spec.layout.kind](spec, size) if tiles else plan_without_tiles(spec, size)
     plan = replace(plan, before=spec.layout.before, after=spec.layout.after)
     return replace(plan, items=(), span=None, cross=True) if spec.cross_attention else plan
 
 
-def vision_cost(spec: ImageSpec, size: tuple[int, int]) -> int:
-    """Patches that the tower computes for an image of (width, height) pixels."""
-    return plan_image(spec, size).cost
+def vision_cost(spec: ImageSpec, sizes: Sequence[tuple[int, int]]) -> int:
+    """Patches that the tower computes for the images of one conversation."""
+    if spec.tiles is not None:  # as many for every image, the empty tiles too
+        return len(sizes) * spec.tiles * spec.grid[0] * spec.grid[1]
+    return sum(plan.cost for plan in plan_sizes(spec, sizes))
 
 
-def count_tokens(spec: ImageSpec, size: tuple[int, int]) -> int:
-    """Tokens that stand for an image of (width, height) pixels, as if each text between special tokens were one.
+def count_tokens(spec: ImageSpec, sizes: Sequence[tuple[int, int]]) -> int:
+    """Tokens that stand for the images of one conversation, as if each text between special tokens were one.
 
     So it is with the families' tokenizers; `vlm_nemo.data.pieces.image_tokens` counts with the tokenizer itself.
     """
-    plan = plan_image(spec, size)
+    return sum(_tokens(plan) for plan in plan_sizes(spec, sizes))
+
+
+def _tokens(plan: ImagePlan) -> int:
     if plan.cross:
         return 1
     return sum(
@@ -61,7 +72,7 @@ def count_tokens(spec: ImageSpec, size: tuple[int, int]) -> int:
 
 def tokens_said(spec: ImageSpec) -> str:
     """What an image takes, for people: "576 tokens an image"."""
-    tokens = count_tokens(spec, TYPICAL)
+    tokens = count_tokens(spec, [TYPICAL])
     return f"{tokens} tokens an image" + (f" of {TYPICAL[0]} x {TYPICAL[1]}" if spec.layout.kind != "square" else "")
 
 

@@ -82,6 +82,8 @@ class ImagePlan:
     """Rows and columns of placeholders, where M-RoPE counts them; None = they are counted as text."""
     cross: bool = False
     """The decoder looks at the image from here on; its one token keeps its own embedding."""
+    tiling: tuple[int, int] | None = None
+    """Rows and columns of tiles, where the tower tells arrangements apart."""
 
     @property
     def sources(self) -> Sources:
@@ -93,6 +95,7 @@ class ImagePlan:
         return (
             self is other
             or self.grids == other.grids
+            and self.tiling == other.tiling
             and len(self.items) == len(other.items)
             and all(_alike(a, b) for a, b in zip(self.items, other.items, strict=True))
         )

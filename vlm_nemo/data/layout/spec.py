@@ -34,6 +34,8 @@ class ImageSpec:
     """Positions of an image are rows and columns of embeddings (Qwen2-VL)."""
     cross_attention: bool
     """The decoder looks at the image: one image token stands for it, and no embedding takes a place."""
+    tiles: int | None = None
+    """Tiles that the tower fills every image up to: embeddings of all of them, whatever the image's own (Llama 3.2)."""
 
     def __hash__(self) -> int:
         return hash((self.layout.kind, self.size, self.patch, self.reduce, self.factor, self.queries))
@@ -61,6 +63,7 @@ def image_spec(
     mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     mrope: bool = False,
     cross_attention: bool = False,
+    tiles: int | None = None,
 ) -> ImageSpec:
     """(…, size=336, patch=14) -> 576 embeddings a view. Raises UserError for sizes that do not go together."""
     if not 1 <= patch <= size:
@@ -80,6 +83,7 @@ def image_spec(
         mean=tuple(mean),
         mrope=mrope,
         cross_attention=cross_attention,
+        tiles=tiles,
     )
     if spec.factor < 1:
         raise UserError(f"model.reduce.factor={factor} must be at least 1")
@@ -87,6 +91,11 @@ def image_spec(
         raise UserError(
             f"model.vision.keep_class_token=true and model.reduce.kind={reduce} do not go together: a class token has "
             "no neighbours; drop the one or the other"
+        )
+    if tiles is not None and (layout.kind != "canvas" or layout.max_tiles != tiles):
+        raise UserError(
+            f"model.vision.tiles={tiles} is of images of so many tiles, but model.layout.kind={layout.kind} with "
+            f"max_tiles={layout.max_tiles} makes others; set model.layout.kind=canvas and max_tiles={tiles}"
         )
     if layout.kind != "native":
         view_tokens(spec, spec.grid)

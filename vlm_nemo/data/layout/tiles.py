@@ -70,7 +70,11 @@ def plan_canvas(spec: ImageSpec, size: tuple[int, int]) -> ImagePlan:
     canvas = Canvas(steps=(fitted,), size=(rows * side, columns * side), view=(side, side))
     views, tokens = rows * columns, view_tokens(spec, spec.grid)
     return ImagePlan(
-        canvases=(canvas,), grids=(spec.grid,) * views, embeddings=views * tokens, items=(run(0, views * tokens),)
+        canvases=(canvas,),
+        grids=(spec.grid,) * views,
+        embeddings=(spec.tiles or views) * tokens,
+        items=(run(0, views * tokens),),
+        tiling=None if spec.tiles is None else (rows, columns),
     )
 
 

@@ -146,7 +146,7 @@ def _content(
         "images_in_two_sources": [{"sources": list(pair), "images": n} for pair, n in sorted(copies.across.items())],
         "copies_estimated_from_one_in": copies.thinned,
         "lengths": fingerprint,
-        "tokens_an_image": count_tokens(spec, TYPICAL),
+        "tokens_an_image": count_tokens(spec, [TYPICAL]),
         "tokens_said": tokens_said(spec),
         "tokens": {name: percentiles(values) | {"mean": float(values.mean())} for name, values in lengths.items()},
         "fill": {name: {str(c): round(fill, 5) for c, fill in row.items()} for name, row in fills.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -175,13 +175,10 @@ def image_sizes(tar: Path, spec: ImageSpec) -> tuple[np.ndarray, np.ndarray]:
     tower computes of them."""
     with safe_open(index_path(tar), framework="np") as index:
         start, width, height = (index.get_tensor(f"image_{name}") for name in ("start", "width", "height"))
-    sizes = list(zip(width.tolist(), height.tolist(), strict=True))
-
-    def of_records(of: Callable[[ImageSpec, tuple[int, int]], int]) -> np.ndarray:
-        ends = np.cumsum([0, *(of(spec, size) for size in sizes)], dtype=np.int64)
-        return ends[start[1:]] - ends[start[:-1]]
-
-    return of_records(count_tokens), of_records(vision_cost)
+    sizes, bounds = list(zip(width.tolist(), height.tolist(), strict=True)), start.tolist()
+    records = [sizes[first:end] for first, end in zip(bounds, bounds[1:], strict=False)]
+    tokens, patches = ([of(spec, record) for record in records] for of in (count_tokens, vision_cost))
+    return np.array(tokens, dtype=np.int64), np.array(patches, dtype=np.int64)
 
 
 def mixed_lengths(lengths: Mapping[str, np.ndarray], records: Mapping[str, int]) -> np.ndarray:

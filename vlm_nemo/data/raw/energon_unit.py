@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.energon import EnergonMeta, energon_sample, read_energon
 from vlm_nemo.data.raw.tar import Group, count_tar, read_members, scan_tar
 from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, shard_image, stamp
+from vlm_nemo.data.turns import check_images, check_turns
 from vlm_nemo.types import UserError
 
 

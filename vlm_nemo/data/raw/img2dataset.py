@@ -17,11 +17,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from vlm_nemo.data.chat import check_images
 from vlm_nemo.data.raw.messages import caption_messages
 from vlm_nemo.data.raw.tar import Group, read_members, scan_tar
 from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, EMPTY_CAPTION, MISSING_IMAGE, SampleError
+from vlm_nemo.data.turns import check_images
 from vlm_nemo.types import UserError
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif")

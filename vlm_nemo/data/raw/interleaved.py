@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.downloaded import Location, find_downloads, read_download
 from vlm_nemo.data.raw.messages import text_messages
 from vlm_nemo.data.raw.table import Rows, list_rows
 from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, read_image, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, BROKEN_IMAGE, IMAGE_SIZE, MISSING_IMAGE, SampleError, ShardImage
+from vlm_nemo.data.turns import check_images, check_turns
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 LOST = ("drop", "skip")

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.table import read_list
 from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, read_image, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, Message, SampleError
+from vlm_nemo.data.turns import check_images, check_turns
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.messages import pick_answer, question_messages
 from vlm_nemo.data.raw.table import Rows, list_rows
 from vlm_nemo.data.raw.unit import Map, RawDrop, RawSample, attempt, digest, facts_of, read_image, shard_image, stamp
 from vlm_nemo.data.sample import BAD_JSON, SampleError
+from vlm_nemo.data.turns import check_images, check_turns
 
 OPTIONS = {"image": "image", "question": "question", "answer": "answer", "group": "", "suffix": ""}
 """Columns, and their names where the manifest gives none. `group` is the record's kind; `suffix` ends each question."""

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from vlm_nemo.data.chat import check_images, check_turns
 from vlm_nemo.data.raw.energon import EnergonMeta, energon_sample
 from vlm_nemo.data.raw.messages import caption_messages
 from vlm_nemo.data.sample import BAD_JSON, MISSING_IMAGE, Message, SampleError
 from vlm_nemo.data.storage.shards import is_message
+from vlm_nemo.data.turns import check_images, check_turns
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Members that may be a sample's image, the first of them that is there."""

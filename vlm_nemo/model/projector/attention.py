@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_nemo.runtime import groups
+
 
 class CrossAttention(MegatronModule):
     """q: [V, Q, D], context: [N, C], the context of each of the V following the other's -> [V, Q, D].
@@ -73,6 +75,7 @@ def column(config: TransformerConfig, width_in: int, width_out: int, gather: boo
         init_method=config.init_method,
         bias=config.add_bias_linear,
         gather_output=gather,
+        tp_group=groups.vision_group(),
     )
 
 
@@ -86,4 +89,5 @@ def row(config: TransformerConfig, width_in: int, width_out: int) -> RowParallel
         bias=config.add_bias_linear,
         input_is_parallel=True,
         skip_bias_add=False,
+        tp_group=groups.vision_group(),
     )

@@ -28,10 +28,10 @@ class Projector(MegatronModule):
         super().__init__(config=config)
         own = cfg.projector
         self.reduction = cfg.reduce
-        self.width_in = reduced_width(cfg.vision.hidden_size, cfg.reduce)
+        self.width_in = reduced_width(cfg.vision.feature_size, cfg.reduce)
         self.norm_place = None if own.norm == "none" else own.norm_place
         if self.norm_place is not None:
-            width = cfg.vision.hidden_size if self.norm_place == "patch" else self.width_in
+            width = cfg.vision.feature_size if self.norm_place == "patch" else self.width_in
             self.norm = Norm(config, width, own.norm_eps)
         self.newline = None
         if own.newline:

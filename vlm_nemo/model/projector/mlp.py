@@ -13,6 +13,7 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.projector.base import Layers, Projector, divides, projector_config
 from vlm_nemo.model.transformer import ACTIVATIONS, mlp_spec
 from vlm_nemo.model.views import Grid
+from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -45,7 +46,13 @@ class MLPProjector(Projector):
         if layers == 1:
             self.layers = self.linear(self.width_in, width_out, last=True)
         elif layers == 2:
-            self.layers = MLP(self.config, mlp_spec(), input_size=self.width_in, ffn_hidden_size=inner)
+            self.layers = MLP(
+                self.config,
+                mlp_spec(),
+                input_size=self.width_in,
+                ffn_hidden_size=inner,
+                tp_group=groups.vision_group(),
+            )
         else:
             widths = [self.width_in, *[inner] * (layers - 1), width_out]
             self.layers = Layers(
@@ -54,7 +61,12 @@ class MLPProjector(Projector):
 
     def linear(self, width_in: int, width_out: int, *, last: bool, row: bool = False) -> nn.Module:
         """Split by columns, or by rows where the layer before was split by columns."""
-        shared = {"config": self.config, "init_method": self.config.init_method, "bias": self.config.add_bias_linear}
+        shared = {
+            "config": self.config,
+            "init_method": self.config.init_method,
+            "bias": self.config.add_bias_linear,
+            "tp_group": groups.vision_group(),
+        }
         if row:
             return RowParallelLinear(width_in, width_out, input_is_parallel=True, skip_bias_add=False, **shared)
         return ColumnParallelLinear(width_in, width_out, gather_output=last, **shared)

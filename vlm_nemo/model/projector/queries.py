@@ -16,6 +16,7 @@ from vlm_nemo.model.projector.attention import CrossAttention, SelfAttention, co
 from vlm_nemo.model.projector.base import Layers, Projector, divides, projector_config
 from vlm_nemo.model.transformer import mlp_spec
 from vlm_nemo.model.views import Grid
+from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -98,7 +99,7 @@ class QFormerLayer(MegatronModule):
             self.cross_attention = CrossAttention(config, context_width)
             self.cross_attention_norm = Norm(config, width, eps)
         self.mlp, self.mlp_norm = (
-            MLP(config, mlp_spec(), ffn_hidden_size=config.ffn_hidden_size),
+            MLP(config, mlp_spec(), ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.vision_group()),
             Norm(config, width, eps),
         )
 
@@ -146,7 +147,7 @@ class PerceiverLayer(MegatronModule):
         self.cross_attention = CrossAttention(config, width)
         self.mlp_norm, self.mlp = (
             Norm(config, width, eps),
-            MLP(config, mlp_spec(), ffn_hidden_size=config.ffn_hidden_size),
+            MLP(config, mlp_spec(), ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.vision_group()),
         )
 
     def forward(self, x: Tensor, context: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -29,6 +28,7 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.projector.base import Projector, divides, projector_config
 from vlm_nemo.model.transformer import sum_over_ranks
 from vlm_nemo.model.views import Grid
+from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
@@ -49,7 +49,7 @@ class VisualVocabulary(Projector):
         super().__init__(cfg, projector_config(cfg, parallel, dtype, width=width, inner=width, heads=parallel.tensor))
         self.own = own
         self.words = own.vocabulary - own.indicators
-        self.rank, self.ranks = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor
+        self.rank, self.ranks = dist.get_rank(groups.vision_group()), parallel.tensor
         self.first = self.rank * share
         mine = min(share, self.words - self.first)
         self.head = WordRows(self.first, self.words, dtype, weight=(mine, self.width_in))
@@ -59,11 +59,12 @@ class VisualVocabulary(Projector):
     def project(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
         probabilities = self.probabilities(features).to(self.table.weight.dtype)
         mine = probabilities @ self.table.weight[: probabilities.shape[1]]
-        return reduce_from_tensor_model_parallel_region(mine)
+        return reduce_from_tensor_model_parallel_region(mine, groups.vision_group())
 
     def probabilities(self, features: Tensor) -> Tensor:
         """[N', D'] -> [N', this rank's words] float32; over all ranks a row sums to one."""
-        scores = self.normalised(F.linear(copy_to_tensor_model_parallel_region(features), self.head.weight).float())
+        features = copy_to_tensor_model_parallel_region(features, groups.vision_group())
+        scores = self.normalised(F.linear(features, self.head.weight).float())
         if self.own.tokenize == "gumbel" and self.training:
             scores = scores + self.noise(scores)
         scores = scores / self.own.temperature
@@ -98,7 +99,8 @@ class VisualVocabulary(Projector):
         if self.own.indicators == 0:
             return None
         last = self.table.weight[-self.own.indicators :]
-        return reduce_from_tensor_model_parallel_region(last if self.rank == self.ranks - 1 else last * 0)
+        mine = last if self.rank == self.ranks - 1 else last * 0
+        return reduce_from_tensor_model_parallel_region(mine, groups.vision_group())
 
 
 class WordRows(nn.Module):
@@ -121,5 +123,5 @@ class WordRows(nn.Module):
 
 
 def over_ranks(x: Tensor, op: dist.ReduceOp) -> None:
-    """Reduce over the tensor group, in place, without gradients."""
-    dist.all_reduce(x, op=op, group=parallel_state.get_tensor_model_parallel_group())
+    """Reduce over the tower's tensor group, in place, without gradients."""
+    dist.all_reduce(x, op=op, group=groups.vision_group())

@@ -14,6 +14,18 @@ from vlm_nemo.weights.configs.towers import read_tower, write_tower
 
 LANGUAGES = ("llama", "qwen2", "mistral", "qwen3")
 LAYOUT: dict[str, Any] = {"kind": "square", "aspect": "squash"}
+FREE = frozenset(
+    {
+        "num_queries",
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "ffn_hidden_size",
+        "norm_eps",
+        "cross_attention_every",
+    }
+)
+"""Fields of the projector that a model may have in any way."""
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,

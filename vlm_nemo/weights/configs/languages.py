@@ -122,6 +122,21 @@ FORMS: dict[str, Form] = {
         says=("attention_bias", "final_logit_softcapping", "attn_logit_softcapping"),
         free=_FREE | {"global_every", "attention_scale", "rope_local_base", "embedding_scale"},
     ),
+    "mllama": Form(
+        model_types=("mllama_text_model", ""),
+        fields=(
+            *_fields(4096, 14336, 40, 32, 131072, 1e-5),
+            Field(
+                ours="cross_attention_layers",
+                theirs="cross_attention_layers",
+                default=(3, 8, 13, 18, 23, 28, 33, 38),
+                read=list,
+            ),
+        ),
+        always=dict(input_tokens=8),
+        demands={"tie_word_embeddings": (False,)},
+        free=_FREE,
+    ),
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": replace(_QWEN_VL, model_types=("qwen2_5_vl_text", "qwen2_5_vl", "")),
 }
@@ -136,6 +151,7 @@ VOCABULARIES = {
     "qwen2_moe": 151936,
     "qwen3_moe": 151936,
     "gemma3": 262208,
+    "mllama": 128256,
     "qwen2_vl": 152064,
     "qwen2_5_vl": 152064,
 }
@@ -148,6 +164,7 @@ KV_HEADS: dict[str, int | None] = {
     "qwen2_moe": 16,
     "qwen3_moe": 4,
     "gemma3": 4,
+    "mllama": 8,
     "qwen2_vl": 8,
     "qwen2_5_vl": 8,
 }
@@ -162,7 +179,7 @@ HEAD_DIMS: dict[str, int | None] = {
 """Of the decoders whose heads may be of another width than hidden_size / heads."""
 TIED = {"gemma3"}
 """Decoders that share embedding and head where a file does not say."""
-BASES = {"qwen2_vl": 1e6, "qwen2_5_vl": 1e6, "gemma3": 1e6, "mixtral": 1e6}
+BASES = {"qwen2_vl": 1e6, "qwen2_5_vl": 1e6, "gemma3": 1e6, "mllama": 5e5, "mixtral": 1e6}
 """Of the rotary positions where a file does not say; 10000 elsewhere."""
 
 
@@ -237,6 +254,8 @@ def _more_misfits(name: str, cfg: LanguageConfig) -> list[tuple[str, Any, Any]]:
         found.append(("head_dim", cfg.head_dim, cfg.hidden_size // cfg.num_heads))
     if name in ("qwen2_vl", "qwen2_5_vl") and not cfg.mrope_section:
         found.append(("mrope_section", cfg.mrope_section, "three numbers"))
+    if name == "mllama" and cfg.tied_embeddings:  # its head has fewer rows
+        found.append(("tied_embeddings", True, False))
     if name == "gemma3":
         if cfg.embedding_scale != math.sqrt(cfg.hidden_size):
             found.append(("embedding_scale", cfg.embedding_scale, math.sqrt(cfg.hidden_size)))

@@ -76,7 +76,12 @@ def read(family: str, config: Mapping[str, Any], where: str) -> ModelConfig:
     cfg.layout = LayoutConfig(kind="square", aspect="crop")
     if family != "llava":
         pinpoints = [list(pair) for pair in top["image_grid_pinpoints"]]
-        cfg.layout = LayoutConfig(kind="anyres", pinpoints=pinpoints, max_unpadded=_max_unpadded(top, where))
+        cfg.layout = LayoutConfig(
+            kind="anyres",
+            pinpoints=pinpoints,
+            max_unpadded=_max_unpadded(top, where),
+            tiles_if_alone=family == "llava_onevision",
+        )
     return cfg
 
 

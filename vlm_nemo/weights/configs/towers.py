@@ -164,6 +164,28 @@ FORMS: dict[str, Form] = {
         demands={"in_channels": (3,)},
         free=_FREE | {"image_size"},
     ),
+    "mllama": Form(
+        model_types=("mllama_vision_model", ""),
+        fields=(
+            *_sizes(
+                width=("hidden_size", 1280),
+                ffn=("intermediate_size", 5120),
+                layers=("num_hidden_layers", 32),
+                heads=("attention_heads", 16),
+                patch=14,
+                image=448,
+                act=("gelu",),
+            ),
+            Field(ours="tiles", theirs="max_num_tiles", default=4),
+            Field(ours="global_layers", theirs="num_global_layers", default=8),
+            Field(ours="kept_layers", theirs="intermediate_layers_indices", default=(3, 7, 15, 23, 30), read=list),
+        ),
+        always=dict(qkv_bias=False, output_bias=False, post_norm=True),
+        # Of the norms before and behind the layers the class knows no other
+        demands={"norm_eps": (1e-5,), "num_channels": (3,)},
+        says=("norm_eps", "num_channels"),
+        free=_FREE,
+    ),
     "eva": Form(
         model_types=("blip_2_vision_model", ""),
         fields=(

@@ -84,6 +84,7 @@ PROJECTORS: dict[str, Table] = {
             Row(ours="projector.layers.weight", theirs=("mm_input_projection_weight",), transform=TRANSPOSED),
         )
     ),
+    "mllama": Table(rows=tuple(Row(ours=f"projector.layers.{end}", theirs=(end,)) for end in ("weight", "bias"))),
     "idefics3": Table(rows=(Row(ours="projector.layers.weight", theirs=("modality_projection.proj.weight",)),)),
     "ovis2": Table(
         rows=(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.weights.names.rows import Row, StandIn, Table, linear, norm
 from vlm_nemo.weights.transforms import (
@@ -54,6 +56,30 @@ _CLIP_BLOCKS = _blocks(
     proj="self_attn.out_proj",
     mlp=("mlp.fc1", "mlp.fc2"),
 )
+
+
+def _mllama(ours: str, layer: str, count: Callable[[VisionConfig], int], *, gated: bool) -> tuple[Row, ...]:
+    """The rows of one of Llama 3.2 Vision's two stacks of layers."""
+
+    def there(v: VisionConfig, number: int) -> bool:
+        return number < count(v)
+
+    heads = (f"{layer}.self_attn.{x}_proj.weight" for x in ("q", "k", "v"))
+    gates = [("attention_gate", "gate_attn"), ("mlp_gate", "gate_ffn")] if gated else []
+    return (
+        *linear(f"{ours}.input_layernorm", f"{layer}.input_layernorm", layers=there),
+        Row(ours=f"{ours}.self_attention.linear_qkv.weight", theirs=tuple(heads), transform=QKV, layers=there),
+        Row(
+            ours=f"{ours}.self_attention.linear_proj.weight",
+            theirs=(f"{layer}.self_attn.o_proj.weight",),
+            layers=there,
+        ),
+        *linear(f"{ours}.pre_mlp_layernorm", f"{layer}.post_attention_layernorm", layers=there),
+        *linear(f"{ours}.mlp.linear_fc1", f"{layer}.mlp.fc1", layers=there),
+        *linear(f"{ours}.mlp.linear_fc2", f"{layer}.mlp.fc2", layers=there),
+        *(Row(ours=f"{ours}.{mine}", theirs=(f"{layer}.{theirs}",), layers=there) for mine, theirs in gates),
+    )
+
 
 TOWERS: dict[str, Table] = {
     "clip": Table(
@@ -173,6 +199,35 @@ TOWERS: dict[str, Table] = {
             ),
         ),
         idle=(r"embeddings\.position_ids",),
+    ),
+    "mllama": Table(
+        rows=(
+            Row(ours="vision.class_token", theirs=("class_embedding",)),
+            Row(ours="vision.patch_weight", theirs=("patch_embedding.weight",), transform=PATCH),
+            Row(ours="vision.position", theirs=("gated_positional_embedding.embedding",)),
+            Row(ours="vision.tiling.position", theirs=("gated_positional_embedding.tile_embedding.weight",)),
+            Row(ours="vision.tiling.position_gate", theirs=("gated_positional_embedding.gate",)),
+            *(
+                row
+                for name, theirs in (("before", "pre"), ("behind", "post"))
+                for row in (
+                    Row(
+                        ours=f"vision.tiling.{name}",
+                        theirs=(f"{theirs}_tile_positional_embedding.embedding.weight",),
+                    ),
+                    Row(ours=f"vision.tiling.{name}_gate", theirs=(f"{theirs}_tile_positional_embedding.gate",)),
+                )
+            ),
+            *linear("vision.pre_norm", "layernorm_pre"),
+            *linear("vision.post_norm", "layernorm_post"),
+            *_mllama(_OURS, "transformer.layers.{layer}", lambda v: v.num_layers, gated=False),
+            *_mllama(
+                "vision.global_blocks.layers.{layer}",
+                "global_transformer.layers.{layer}",
+                lambda v: v.global_layers,
+                gated=True,
+            ),
+        ),
     ),
 }
 """By the name that `configs.towers.FORMS` and `families` use."""

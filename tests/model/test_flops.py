@@ -6,7 +6,7 @@ import pytest
 
 from tests import tiny
 from vlm_nemo.model.config import ModelConfig, MoeConfig
-from vlm_nemo.train.flops import step_flops
+from vlm_nemo.model.flops import step_flops
 
 STAGE1 = {"vision": False, "projector": True, "language": False}
 STAGE2 = {"vision": False, "projector": True, "language": True}

@@ -1,0 +1,36 @@
+"""What went wrong with a save, in words that a rank leaves for the others."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from typing import Any
+
+from vlm_nemo.train.tensors import Abandoned
+from vlm_nemo.types import UserError
+
+
+class Failed(Exception):
+    """Words of a rank whose part went wrong."""
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        super().__init__(said["error"])
+        self.said = said
+
+
+def words_of(error: Exception, what: str) -> dict[str, Any]:
+    """error: one line that names the file, or a traceback where it is a bug; user: whether it is not.
+
+    what: was not written because of it.
+    """
+    if isinstance(error, Failed):
+        return error.said
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else error.strerror or str(error)
+        where = f" ({error.filename})" if error.filename else ""
+        remedy = "; free some space, then start the run again" if full else ""
+        return {"error": f"{what} was not written: {why}{where}; the one before is the newest{remedy}", "user": True}
+    if isinstance(error, UserError | Abandoned):
+        return {"error": f"{what} was not written: {error}", "user": True}
+    return {"error": f"{what} was not written:\n{''.join(traceback.format_exception(error))}", "user": False}
