@@ -31,7 +31,8 @@ OVERLAPPED: dict[str, Any] = dict(distributed_optimizer=True, overlap_grad_reduc
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "packed": (1, "packed", {}),
     "packed, two rows at once": (1, "double", {}),
-    "recompute": (1, "packed", dict(recompute="full")),
+    "recompute": (1, "packed", dict(recompute="full", recompute_vision="full")),
+    "recompute selective": (1, "packed", dict(recompute="selective")),
     "tensor 2": (2, "packed", dict(tensor=2)),
     "tensor 2, sequence": (2, "packed", dict(tensor=2, sequence=True)),
     "tensor 2, sequence, recompute": (2, "packed", dict(tensor=2, sequence=True, recompute="full")),
@@ -54,6 +55,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     ),
     "context 4": (4, "packed", dict(context=4)),
     "context 2, tensor 2, sequence": (4, "packed", dict(context=2, tensor=2, sequence=True)),
+    "context 2, tensor 2, images shared out": (4, "packed", dict(context=2, tensor=2, vision=1, sequence=True)),
     "context 2, pipeline 2, virtual 2": (4, "packed", dict(context=2, pipeline=2, virtual=2)),
     "context 2, data 2, distributed optimizer": (4, "packed", dict(context=2, distributed_optimizer=True)),
     "pipeline 2, data 2, distributed optimizer": (4, "packed", dict(pipeline=2, distributed_optimizer=True)),
@@ -72,6 +74,7 @@ PLAIN: dict[str, Any] = dict(
     overlap_grad_reduce=False,
     overlap_param_gather=False,
     recompute="none",
+    recompute_vision="none",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from vlm_nemo.check import report
 from vlm_nemo.check.audit import audit
 from vlm_nemo.check.config import PARTS
 from vlm_nemo.check.dry import dry
+from vlm_nemo.check.features import cache_size
 from vlm_nemo.check.labels import Spoken
 from vlm_nemo.check.leaks import leaks
 from vlm_nemo.check.made import Subject, conversations, subject
@@ -111,7 +113,19 @@ def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
         ),
         work=work,
     )
-    return plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
+    found = plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
+    return found if cfg.data.vision_cache is None else _with_cache(cfg, found, there_is_data)
+
+
+def _with_cache(cfg: CheckRoot, found: Finding, there_is_data: bool) -> Finding:
+    """The plan with what data.vision_cache needs of its disk."""
+    assert cfg.data.vision_cache is not None
+    size = cache_size(cfg.data, cfg.model, cfg.optim, cfg.precision, there=there_is_data)
+    line = size.said(cfg.data.vision_cache)
+    if size.fits:
+        return replace(found, notes=[*found.notes, line], data={**found.data, "vision_cache": asdict(size)})
+    verdict = line if found.ok else f"{found.verdict}; {line}"
+    return replace(found, ok=False, verdict=verdict, data={**found.data, "vision_cache": asdict(size)})
 
 
 def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int, str, Work]:
@@ -128,7 +142,8 @@ def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int,
         samples = [sample for row in planned[middle : middle + rows] for sample in row]
         row = blank_row(sources.encoder, samples, capacity)
         what = f"a micro-batch of the data's first {len(planned)} rows, the middle one by vision work: "
-        work = first_work(cfg, sources) if cfg.parallel.pipeline > 1 else work_of([row], cfg.model)
+        matters = cfg.parallel.pipeline > 1 or image_ranks(cfg.parallel) > 1
+        work = first_work(cfg, sources) if matters else work_of([row], cfg.model)
         return row, sources.encoder.tokenizer.image_id, what + _what(row), work
     width, height = cfg.check.image
     sample = blank_sample(spec, [plan_image(spec, (width, height))], cfg.check.text)
