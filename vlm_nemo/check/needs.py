@@ -71,6 +71,7 @@ def stage_needs(
     micro: int,
 ) -> StageNeeds:
     """Run the schedule of `stage` with as many of its `micro` micro-batches as it ever holds at once."""
+    cfg = replace(cfg, kernels="plain", fp8="none")  # TransformerEngine's layers do not run on shapes
     per_stage = world // parallel.pipeline  # megatron numbers tensor, then context, data, pipeline ranks
     with pretend(parallel, world=world, rank=stage * per_stage) as ranks:
         kinds = range(parallel.virtual) if parallel.virtual > 1 else [None]

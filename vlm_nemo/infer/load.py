@@ -108,8 +108,10 @@ def inference_layout(parallel: ParallelConfig) -> ParallelConfig:
 
     Context ranks, which share a row, become replicas, which share the prompts.
     """
-    alone = replace(parallel, virtual=1, layers=[], context=1)
-    return replace(alone, sequence=False, recompute="none", distributed_optimizer=False)
+    alone = replace(parallel, virtual=1, layers=[], context=1, sequence=False, distributed_optimizer=False)
+    return replace(
+        alone, recompute="none", recompute_vision="none", overlap_grad_reduce=False, overlap_param_gather=False
+    )
 
 
 def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:

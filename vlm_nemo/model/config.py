@@ -236,5 +236,10 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     init_std: float = 0.02
     """Standard deviation of fresh weight matrices."""
+    kernels: str = field(default="auto", metadata={"choices": ("auto", "plain", "te")})
+    """Layers and norms of decoder and tower: plain = megatron-core's and torch's; te = TransformerEngine's; auto = te
+    where it is installed and a GPU is there. Checkpoints are the same."""
+    fp8: str = field(default="none", metadata={"choices": ("none", "hybrid", "e4m3")})
+    """Matrix products of the decoder in FP8, with TransformerEngine's layers: hybrid = e4m3 forward, e5m2 backward."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any other field of megatron-core's TransformerConfig, checked by name, for the language model."""

@@ -22,6 +22,7 @@ from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import LanguageConfig
 from vlm_nemo.model.cross_attention import looking_layer
 from vlm_nemo.model.head import Head, Targets
+from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.rope import Rotary
 from vlm_nemo.model.stages import chunk_layers, layout
@@ -103,7 +104,12 @@ class Decoder(GPTModel):
 
 
 def language_config(
-    cfg: LanguageConfig, parallel: ParallelConfig, dtype: torch.dtype, extra: Mapping[str, Any]
+    cfg: LanguageConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    extra: Mapping[str, Any],
+    kernels: Kernels = PLAIN,
+    fp8: str = "none",
 ) -> TransformerConfig:
     """megatron's config of the decoder."""
     cut = layout(chunk_layers(cfg.num_layers, parallel)) if parallel.pipeline > 1 else None
@@ -112,6 +118,8 @@ def language_config(
         dtype,
         pipelined=True,
         recompute=parallel.recompute,
+        kernels=kernels,
+        fp8=None if fp8 == "none" else fp8,
         extra=extra,
         num_layers=cfg.num_layers,
         pipeline_model_parallel_layout=cut,
@@ -141,7 +149,13 @@ def language_config(
 
 
 def language_model(
-    cfg: LanguageConfig, config: TransformerConfig, *, first: bool, last: bool, vp_stage: int | None
+    cfg: LanguageConfig,
+    config: TransformerConfig,
+    *,
+    first: bool,
+    last: bool,
+    vp_stage: int | None,
+    kernels: Kernels = PLAIN,
 ) -> Decoder:
     """One pipeline stage (or virtual chunk) of the decoder. first holds the embedding, last the head."""
     here = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -152,6 +166,7 @@ def language_model(
         module=TransformerLayer if plain else DecoderLayer,
         params={} if plain else {"sandwich": cfg.sandwich_norm},
         head_norm=cfg.qk_norm,
+        kernels=kernels,
     )
     before = get_transformer_layer_offset(config, vp_stage)
     for n in range(here):

@@ -43,6 +43,8 @@ def twin(cfg: ModelConfig) -> ModelConfig:
         projector=projector,
         language=language,
         init_std=0.1,
+        kernels="plain",
+        fp8="none",
         megatron=dict(cfg.megatron),
     )
 

@@ -37,6 +37,8 @@ def check_layout(
     _check_world(parallel, world_size, global_packs, micro_packs)
     if capacity is not None:
         _check_row(parallel, capacity, micro_packs)
+        if model is not None:
+            _check_fp8(parallel, model, capacity * micro_packs)
 
 
 def _check_row(parallel: ParallelConfig, capacity: int, micro_packs: int) -> None:
@@ -66,6 +68,16 @@ def _check_sizes(parallel: ParallelConfig) -> None:
     for name in ("distributed_optimizer", "overlap_grad_reduce"):
         if parallel.overlap_param_gather and not getattr(parallel, name):
             raise UserError(f"parallel.overlap_param_gather=true needs parallel.{name}=true; set that too")
+
+
+def _check_fp8(parallel: ParallelConfig, model: ModelConfig, tokens: int) -> None:
+    """FP8's matrix products take multiples of 16 tokens."""
+    ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if model.fp8 != "none" and tokens % (16 * ranks):
+        raise UserError(
+            f"model.fp8={model.fp8} multiplies blocks of 16 tokens, but a micro-batch has {tokens} on {ranks} ranks; "
+            f"make data.pack.capacity a multiple of {16 * ranks}"
+        )
 
 
 def vision_alone(parallel: ParallelConfig) -> bool:
