@@ -210,6 +210,13 @@ def test_refuses(layers: list[int], kind: str, key: str) -> None:
         check_looks(cfg)
 
 
-def test_refuses_virtual_stages() -> None:
-    with pytest.raises(UserError, match="set parallel.virtual=1"):
-        check_layout(ParallelConfig(pipeline=2, virtual=2), looking_model(), world_size=2)
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        (ParallelConfig(pipeline=2, virtual=2), "set parallel.virtual=1"),
+        (ParallelConfig(tensor=4), "num_kv_heads=2, which layers .* this model takes parallel.tensor=1 or 2$"),
+    ],
+)
+def test_refuses_layouts(layout: ParallelConfig, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        check_layout(layout, looking_model(), world_size=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import tiny
+from tests import compositions, tiny
 from vlm_nemo.model.config import ModelConfig, MoeConfig
 from vlm_nemo.model.flops import step_flops
 
@@ -53,3 +53,28 @@ def test_frozen_parts_cost_less() -> None:
     assert step_flops(cfg, STAGE2, **shape).vision * 3 > step_flops(cfg, ALL, **shape).vision
     nothing_upstream = {"vision": False, "projector": False, "language": False}
     assert step_flops(cfg, nothing_upstream, **shape).language * 2 < step_flops(cfg, STAGE1, **shape).language * 1.01
+
+
+def test_layers_that_look_at_images_by_hand() -> None:
+    """Two layers of four attend; two look, of which the image's tokens and what is behind it count."""
+    cfg = tiny.tiny_model(cross_attention_layers=[1, 3])
+    cfg.projector.kind = "cross_attention"
+    grids = [(2, 2), (2, 2)]
+    found = step_flops(cfg, ALL, lengths=[10, 6], grids=grids, supervised=5, views=[2], looked=[(2, 8), (8, 8)])
+    attends = 32 * 8 * (2 * 4 + 2 * 2) + 3 * 32 * 48
+    keys = 2 * 32 * 8 * 2
+    looks = (attends - keys) * 10 + keys * 8
+    pairs = 2 * (10 * 10 + 6 * 6) / 2 + 2 * (2 * 8 + 8 * 8)
+    assert found.language == 3 * (2 * 2 * attends * 16 + 2 * 2 * looks + 4 * 8 * 4 * pairs)
+    assert found.projector == 2 * 8 * 16 * 32 * 3  # one linear layer, whatever num_layers says
+
+
+def test_tiles_that_see_one_another_by_hand() -> None:
+    """One image of two tiles, of a place for three: what fills it up is not counted."""
+    composition = compositions.Composition(
+        layout="canvas", tower="llama32", reduction="none", projector="linear", language="llama"
+    )
+    found = step_flops(composition.config(), ALL, lengths=[40], grids=[(4, 4)] * 2, supervised=5, views=[2])
+    layer = 4 * 16 * 16 + 2 * 16 * 24
+    assert found.vision == 3 * 4 * (2 * layer * 34 + 4 * 16 * 34 * 34) + 2 * (2 * 192 * 16 * 32)
+    assert found.projector == 2 * 34 * (3 * 16) * 32 * 3

@@ -222,12 +222,18 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
     # One matrix makes queries, keys and values; its rows are cut evenly even where ranks share a head.
     qkv = (language.num_heads + 2 * kv_heads) * head_dim(language)
 
+    looks = bool(language.cross_attention_layers)  # which have a matrix of keys and values alone, of whole heads
+
     def shared(n: int) -> bool:
-        return kv_heads % n == 0 or (n % kv_heads == 0 and qkv % n == 0)
+        return kv_heads % n == 0 or (not looks and n % kv_heads == 0 and qkv % n == 0)
 
     wrong = [f"does not divide {key}={size}" for key, size in cut.items() if size % parallel.tensor]
     if not shared(parallel.tensor):
-        wrong.append(f"neither divides model.language.num_kv_heads={kv_heads} nor is a multiple of it that cuts evenly")
+        wrong.append(
+            f"does not divide model.language.num_kv_heads={kv_heads}, which layers that look at images split whole"
+            if looks
+            else f"neither divides model.language.num_kv_heads={kv_heads} nor is a multiple of it that cuts evenly"
+        )
     if wrong:
         most = min(cut.values())
         fits = [str(n) for n in range(1, most + 1) if shared(n) and all(s % n == 0 for s in cut.values())]
