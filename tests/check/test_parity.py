@@ -61,6 +61,7 @@ def test_a_sound_model_passes(small: Subject, monkeypatch: pytest.MonkeyPatch) -
         "packed, two rows at once",
         "tensor 2, sequence, recompute",
         "pipeline 2, virtual 2",
+        "context 2",
         "data 2, distributed optimizer",
     ]
     only(monkeypatch, *names)

@@ -35,7 +35,7 @@ def test_numerical_gradient() -> None:
     assert torch.autograd.gradcheck(mlp.Product.apply, (both,))
 
 
-def test_a_decoder_takes_it_and_gives_what_megatrons_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_takes_it_and_gives_what_megatrons_gives() -> None:
     cfg = tiny_model()
     x = torch.randn(7, 1, cfg.language.hidden_size)
     with device.adapter():
@@ -43,10 +43,18 @@ def test_a_decoder_takes_it_and_gives_what_megatrons_gives(monkeypatch: pytest.M
         try:
             (model,) = build_model(cfg, ParallelConfig(), "fp32", 0)
             layer = model.language.decoder.layers[0].mlp
-            calls = []
-            real = mlp.Product.forward
-            monkeypatch.setattr(mlp.Product, "forward", staticmethod(lambda *a: calls.append(1) or real(*a)))
+            assert isinstance(layer, MLP) and isinstance(layer.activation_func, mlp.SwiGLU)
             found = layer(x)[0]
-            assert calls and torch.equal(found, MLP.forward(layer, x)[0])
+            layer.config.use_te_activation_func = False
+            assert torch.equal(found, layer(x)[0])
         finally:
             groups.stop()
+
+
+def test_what_is_no_plain_swiglu_keeps_megatrons_way() -> None:
+    plain = {"gated_linear_unit": True, "activation_func": F.silu}
+    assert mlp.fits(plain, {}) and mlp.fits(plain, {"glu_linear_offset": 0.0})
+    assert not mlp.fits(plain, {"glu_linear_offset": 1.0}) and not mlp.fits(plain, {"activation_func_clamp_value": 7.0})
+    assert not mlp.fits(plain | {"activation_func": F.gelu}, {}) and not mlp.fits(
+        plain | {"gated_linear_unit": False}, {}
+    )

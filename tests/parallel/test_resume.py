@@ -80,16 +80,15 @@ def test_resume_at_another_layout(
         assert norm == pytest.approx(true_norm, rel=1e-5)
 
 
-def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.context=2"]], ids=["dp2", "tp2", "cp2"])
+def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path, layout: list[str]) -> None:
     """The distributed optimizer's shares of two data ranks or two context ranks, and two tensor halves, become one
     process's state."""
-    for name, layout in {"dp2": [], "tp2": ["parallel.tensor=2"], "cp2": ["parallel.context=2"]}.items():
-        run_dir = tmp_path / name
-        runs.vlm_nemo("train", *words(shards, run_dir, "trainer.stop_at=4", *layout), ranks=2, fresh=True)
-        runs.vlm_nemo("train", *words(shards, run_dir))
-        for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(run_dir), runs.trace(whole), strict=True):
-            assert loss == pytest.approx(true_loss, rel=1e-5)
-            assert norm == pytest.approx(true_norm, rel=1e-5)
+    runs.vlm_nemo("train", *words(shards, tmp_path, "trainer.stop_at=4", *layout), ranks=2, fresh=True)
+    runs.vlm_nemo("train", *words(shards, tmp_path))
+    for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(tmp_path), runs.trace(whole), strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-5)
 
 
 def test_four_replicas_two_and_four_again(whole: Path, shards: Path, tmp_path: Path) -> None:

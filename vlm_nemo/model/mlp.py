@@ -1,4 +1,4 @@
-"""megatron-core's MLP, with the product of a SwiGLU in one function that keeps its input alone for the backward pass.
+"""A SwiGLU's product in one function that keeps its input alone for the backward pass.
 
 megatron's own eager form keeps the gate, its SiLU and the other factor, adds an offset that is always zero, and joins
 two gradients into a third tensor. At LLaVA-1.5 7B's width this one keeps 44 KB a token and layer less.
@@ -6,30 +6,35 @@ two gradients into a third tensor. At LLaVA-1.5 7B's width this one keeps 44 KB 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class GatedMLP(MLP):
-    """[T, 1, D] -> [T, 1, D], and the bias that is still to be added or None. As MLP, whatever is not a SwiGLU."""
+def fits(decided: Mapping[str, Any], extra: Mapping[str, Any]) -> bool:
+    """Whether an MLP with these fields of megatron's config is a plain SwiGLU."""
+    limits = ("activation_func_clamp_value", "glu_linear_offset")
+    gated = decided.get("gated_linear_unit", False) and decided.get("activation_func") is F.silu
+    return bool(gated and not any(extra.get(name) for name in limits))
 
-    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **given: Any) -> Any:
-        config = self.config
-        plain = not (config.use_te_activation_func or config.bias_activation_fusion or config.add_bias_linear)
-        limited = config.activation_func_clamp_value is not None or config.glu_linear_offset
-        swiglu = config.gated_linear_unit and config.activation_func is F.silu
-        if per_token_scale is not None or limited or not (plain and swiglu):
-            return super().forward(hidden_states, per_token_scale, **given)
-        both, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(Product.apply(both))
+
+class SwiGLU:
+    """[…, 2 F], gate and up side by side, -> silu(gate) * up [..., F]. megatron builds it where it is told that an
+    MLP's activation is to be built (`use_te_activation_func`)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        pass
+
+    def __call__(self, both: Tensor) -> Tensor:
+        return Product.apply(both)
 
 
 class Product(torch.autograd.Function):
-    """[…, 2 F], gate and up side by side, -> silu(gate) * up [..., F]."""
+    """See SwiGLU."""
 
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:

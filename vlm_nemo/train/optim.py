@@ -76,6 +76,8 @@ def settle(model: Sequence[DistributedDataParallel]) -> None:
     for chunk in model:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.param_gather_dispatched = False  # the forward pass gathers in its order, as it is used to
 
 
 def build_optimizer(
