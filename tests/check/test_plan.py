@@ -143,6 +143,29 @@ def test_what_a_checkpoint_copies_is_told() -> None:
     assert f"copies {copied / GIB:.2f} GiB a rank to the host's memory" in found.notes[-1]
 
 
+@pytest.mark.slow
+def test_the_plan_follows_the_cut_and_says_what_would_balance_it() -> None:
+    given = job(ParallelConfig(tensor=2, vision=1, pipeline=2, layers=[3, 1]), world=4)
+    finding = plan(given, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
+    assert finding.data["layers"] == [3, 1] and finding.data["balance"] > 1.3
+    assert "(parallel.layers=[3,1]; parallel.layers=[] makes it 1.0" in finding.verdict
+    assert "shared out over 2 ranks: the busiest does 1.0" in " ".join(finding.notes)
+    better = plan(
+        replace(given, parallel=replace(given.parallel, layers=[])), memory_gib=1.0, reserve_gib=0.0, assumed="made up"
+    )
+    assert better.data["layers"] == [2, 2] and better.data["balance"] < 1.15
+    assert better.data["bubble"] < finding.data["bubble"]
+    split = plan(
+        replace(given, parallel=replace(given.parallel, vision=None)),
+        memory_gib=1.0,
+        reserve_gib=0.0,
+        assumed="made up",
+    )
+    # Matrices are whole or halved; patches' own and positions are whole in either
+    first, second = (found.data["stages"][0] for found in (finding, split))
+    assert first["parameters"]["vision"] > 1.3 * second["parameters"]["vision"]
+
+
 def test_half_precision_halves_weights_and_adds_fp32_copies() -> None:
     (full,), (half,) = needs(job(ParallelConfig())), needs(job(ParallelConfig(), precision="bf16"))
     assert half.weights * 2 == full.weights

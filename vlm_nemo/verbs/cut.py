@@ -52,7 +52,7 @@ def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, 
             tokenizer = Tokenizer(cfg.data.tokenizer)
             work = first_work(cfg, open_sources(cfg.data, spec_of(cfg.model), tokenizer, seed=cfg.seed))
         except UserError as error:  # the run's own reader says it too, with its ledger
-            log.warning("pipeline stages are cut evenly, not by cost: %s", error)
+            log.warning("what pipeline stages and images cost is not known, so nothing is balanced by it: %s", error)
         else:
             parallel = resolved(cfg.model, parallel, learns(cfg.optim), work)
             lines = _told(cfg, parallel, work)
