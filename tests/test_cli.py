@@ -198,7 +198,12 @@ def test_validate_and_cfg_stop_before_the_work(capsys: pytest.CaptureFixture[str
         (dict(tensor=8), 8, 8, "parallel.tensor=8 does not divide model.language.num_heads=4"),
         (dict(pipeline=8), 8, 8, "parallel.pipeline=8 is deeper than model.language.num_layers=4"),
         (dict(pipeline=3, layers=[2, 2]), 3, 3, r"parallel.layers=\[2, 2\] must be 3 numbers \(parallel.pipeline=3\)"),
-        (dict(pipeline=2, layers=[4, 0]), 2, 8, "at least 1 each, that sum to model.language.num_layers=4; or "),
+        (
+            dict(pipeline=2, layers=[4, 0]),
+            2,
+            8,
+            "at least 1 each but for the first, that sum to model.language.num_layers=4; or ",
+        ),
         (dict(pipeline=2, layers=[1, 2]), 2, 8, "sum to model.language.num_layers=4"),
         (dict(pipeline=2, virtual=2, layers=[2, 2]), 2, 8, "must be 4 numbers .* x parallel.virtual=2"),
         (dict(tensor=4, vision=2), 4, 8, r"parallel.vision=2: .*parallel.tensor=4\) or whole on every rank \(1\)"),

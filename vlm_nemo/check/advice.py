@@ -66,7 +66,7 @@ def better_cut(costs: Costs, parallel: ParallelConfig) -> str:
     )
     if now > best * (1 + WORTH):
         return f"{what}; parallel.layers=[] makes it {best:.2f} x"
-    if parallel.layers[0] == 1 and costs.first > sum(costs.layers) / len(costs.layers) and now > 1 + SKEWED:
+    if parallel.layers[0] == 0 and now > 1 + SKEWED:
         return f"{what}; the images alone fill the first stage: lower parallel.pipeline, or raise parallel.tensor"
     return what
 

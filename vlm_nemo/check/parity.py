@@ -54,6 +54,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     ),
     "context 4": (4, "packed", dict(context=4)),
     "context 2, tensor 2, sequence": (4, "packed", dict(context=2, tensor=2, sequence=True)),
+    "context 2, tensor 2, images shared out": (4, "packed", dict(context=2, tensor=2, vision=1, sequence=True)),
     "context 2, pipeline 2, virtual 2": (4, "packed", dict(context=2, pipeline=2, virtual=2)),
     "context 2, data 2, distributed optimizer": (4, "packed", dict(context=2, distributed_optimizer=True)),
     "pipeline 2, data 2, distributed optimizer": (4, "packed", dict(pipeline=2, distributed_optimizer=True)),

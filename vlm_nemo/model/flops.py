@@ -90,11 +90,12 @@ def layer_flops(
     return linear + 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
 
 
-def view_flops(cfg: ModelConfig, grid: Grid) -> float:
-    """FLOPs of forward of one view through tower and projector: their matrices grow with its patches, the tower's
-    attention with their square."""
-    projector = sum(2 * parameters * rows for parameters, rows in _projections(cfg, [grid]))
-    return float(sum(_tower(cfg.vision, [grid], [1])) + projector)
+def view_flops(cfg: ModelConfig, grid: Grid, tiles: int = 1) -> float:
+    """FLOPs of forward of one view, or an image's tiles, through tower and projector: their matrices grow with the
+    patches, the tower's attention with their square."""
+    grids = [grid] * tiles
+    projector = sum(2 * parameters * rows for parameters, rows in _projections(cfg, grids))
+    return float(sum(_tower(cfg.vision, grids, [tiles])) + projector)
 
 
 def decoder_layer(lang: LanguageConfig) -> int:

@@ -78,7 +78,7 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if work.looked else 0
     first = all_parts.vision + all_parts.projector
     sharing = image_ranks(parallel)
-    first *= uneven(cfg, work.grids, sharing) if sharing > 1 else parallel.context
+    first *= uneven(cfg, work.grids, sharing, work.views) if sharing > 1 else parallel.context
     layers = range(cfg.language.num_layers)
     return Costs(
         first=first,
@@ -113,7 +113,8 @@ def chunk_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
 
 
 def balanced(costs: Costs, parallel: ParallelConfig) -> list[int]:
-    """Layers of every chunk in order, at least one each, so that the dearest stage is as cheap as can be.
+    """Layers of every chunk in order so that the dearest stage is as cheap as can be: at least one each, but that the
+    first stage may have none beside its images.
 
     Exact. With virtual chunks a layer counts as the mean of all: theirs lie scattered over the decoder.
     """
@@ -186,7 +187,8 @@ def _cut(costs: Costs, stages: int) -> list[int]:
         for stage in range(stages):
             after: dict[int, tuple[float, tuple[int, ...]]] = {}
             for start, (value, counts) in reached.items():
-                for end in range(start + 1, total - (stages - stage - 1) + 1):
+                fewest = 0 if stage == 0 and stages > 1 else 1
+                for end in range(start + fewest, total - (stages - stage - 1) + 1):
                     one = cost(stage, start, end)
                     if one > limit:
                         break

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
+from vlm_nemo.model.mlp import SwiGLU, fits
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
@@ -96,6 +97,7 @@ def transformer_config(
     )
     if pipelined and parallel.recompute == "full":
         decided.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    decided["use_te_activation_func"] = fits(decided, extra or {})  # it means: the MLP's activation is a module
     known = {f.name for f in fields(TransformerConfig)}
     for name in extra or {}:
         if name not in known:
@@ -146,7 +148,7 @@ def block_spec(
 
 def mlp_spec() -> MLPSubmodules:
     """Column-parallel then row-parallel: one all-reduce over the tensor group."""
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

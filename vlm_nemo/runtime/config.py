@@ -19,8 +19,8 @@ class ParallelConfig:
     virtual: int = 1
     """Model chunks a pipeline stage (interleaved schedule); 1 = plain 1F1B."""
     layers: list[int] = field(default_factory=list)
-    """Language layers of every stage in order (pipeline x virtual numbers); empty = so that all stages take equally
-    long, vision and head counted, by the first rows of the data."""
+    """Language layers of every stage in order (pipeline x virtual numbers; the first may be 0); empty = so that all
+    stages take equally long, vision and head counted, by the first rows of the data."""
     context: int = 1
     """Ranks that share each row along its length, for rows too long for one rank: each does its own tokens, with keys
     and values of all. Cuts data.pack.capacity into twice as many chunks. Where a model answers, they are replicas."""

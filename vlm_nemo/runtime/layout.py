@@ -194,10 +194,11 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"{what} is deeper than model.language.num_layers={layers}; lower it to {layers} chunks or fewer"
         )
     given = parallel.layers
-    if given and (len(given) != chunks or sum(given) != layers or min(given) < 1):
+    fits = len(given) == chunks and sum(given) == layers and given[0] >= 0 and min(given[1:], default=1) >= 1
+    if given and not fits:
         raise UserError(
-            f"parallel.layers={list(given)} must be {chunks} numbers ({what}), at least 1 each, that sum to "
-            f"model.language.num_layers={layers}; or [], which balances them"
+            f"parallel.layers={list(given)} must be {chunks} numbers ({what}), at least 1 each but for the first, that "
+            f"sum to model.language.num_layers={layers}; or [], which balances them"
         )
 
 
