@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +62,15 @@ def prepared(
     *,
     pictures: int,
     tokenizer_vocab: int = 0,
+    template: str = "vicuna",
     shard_samples: int = 1000,
+    without: Collection[int] = (),
 ) -> Path:
     """Shards of one source, `folder`/out/made, and a tokenizer if one is wanted; returns `folder`/out.
 
     Sample i shows a picture of sizes[i % len(sizes)]; so many different pictures are made and used again and again.
+    tokenizer_vocab: train a tokenizer of that many tokens and measure the texts for it and `template`; without: the
+    samples that show no picture. The raw files stay beside it: rows.json, images/.
     """
     rng = np.random.Generator(np.random.PCG64(1))
     images = folder / "images"
@@ -76,9 +80,9 @@ def prepared(
     rows = [
         {
             "id": f"{i:06d}",
-            "image": f"{i % pictures}.jpg",
+            **({} if i in without else {"image": f"{i % pictures}.jpg"}),
             "conversations": [
-                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "human", "value": question if i in without else f"<image>\n{question}"},
                 {"from": "gpt", "value": answer},
             ],
         }
@@ -93,6 +97,7 @@ def prepared(
         shard_samples=shard_samples,
         workers=1,
         tokenizer_vocab=tokenizer_vocab,
+        template=template,
     )
     with contextlib.redirect_stderr(io.StringIO()):
         prepare(cfg)

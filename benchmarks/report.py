@@ -22,6 +22,16 @@ _BEGIN = "<!-- results: written by the commands -->\n"
 _END = "<!-- end -->\n"
 
 
+WANTED = {
+    "step_nvidia*": (
+        "Stage 1 of LLaVA-1.5 7B on one GPU: at least 50 % MFU; stage 2: 48 %; data wait below 1 %",
+        "python -m benchmarks.step",
+        "one H200",
+    ),
+}
+"""Goals that nobody measured yet, by the results that would: claim, command, hardware."""
+
+
 def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     """--quick and --results, which every benchmark has; module: its `__spec__.name`."""
     found = argparse.ArgumentParser(
@@ -68,11 +78,14 @@ def save(
     figure: str,
     rows: Sequence[Mapping[str, Any]],
     packages: Sequence[str],
+    file: str | None = None,
+    on: str | None = None,
     **more: Any,
 ) -> None:
     """Write NAME.json; in the default folder, bring README.md's table up to date too.
 
-    claim: what is said; figure: what was measured, in a few words.
+    claim: what is said; figure: what was measured, in a few words; file: its name without .json, where it is not the
+    command's; on: the hardware, where it is not the CPU.
     """
     folder = args.results or (None if args.quick else RESULTS)
     if folder is None:
@@ -83,13 +96,13 @@ def save(
         "figure": figure,
         "command": f"python -m benchmarks.{name}" + (" --quick" if args.quick else ""),
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
+        "hardware": on or hardware(),
         "python": platform.python_version(),
         "packages": {package: importlib.metadata.version(package) for package in packages},
         "rows": rows,
         **more,
     }
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{file or name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if folder == RESULTS:
         README.write_text(with_table(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
 
@@ -101,5 +114,8 @@ def with_table(readme: str, results: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         cells = (found["claim"], found["figure"], f"`{found['command']}`", found["date"], found["hardware"])
         lines.append("| " + " | ".join(cells) + " |")
+    for kind, (claim, command, where) in WANTED.items():
+        if not any(results.glob(f"{kind}.json")):
+            lines.append(f"| {claim} | | `{command}` | | {where} |")
     before, rest = readme.split(_BEGIN)
     return before + _BEGIN + "\n".join(lines) + "\n" + rest[rest.index(_END) :]

@@ -98,6 +98,11 @@ class PackedBatch:
     """Samples in the row."""
     used_tokens: int
     """Tokens that are not padding."""
+    features: Tensor | None = None
+    """[N, D_vision]: what the tower makes of the row's images, where it is known (`data.vision_cache`): then there are
+    no patches."""
+    image_keys: tuple[bytes, ...] = ()
+    """Hashes of the row's images under which their features are to be kept; on the rank that reads."""
 
     @property
     def lengths(self) -> list[int]:

@@ -24,19 +24,30 @@ from vlm_nemo.data.layout.plan import plain
 from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 
-NAMES = ("checkpoint", "decode", "records", "loader", "packing")
+NAMES = ("checkpoint", "decode", "records", "loader", "packing", "peers_cpu", "step", "features")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_writes_its_results(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    importlib.import_module(f"benchmarks.{name}").main(["--quick", "--results", str(tmp_path)])
-    assert "ours" in capsys.readouterr().out or name == "loader"
-    found = json.loads((tmp_path / f"{name}.json").read_text())
+    stages = ["--stages", "2"] if name in ("step", "features") else []
+    importlib.import_module(f"benchmarks.{name}").main(["--quick", "--results", str(tmp_path), *stages])
+    assert "ours" in capsys.readouterr().out or name in ("loader", "step", "features")
+    found = json.loads((tmp_path / ("step_cpu.json" if name == "step" else f"{name}.json")).read_text())
     assert found["command"] == f"python -m benchmarks.{name} --quick"
     assert found["claim"] and found["figure"] and found["rows"] and found["date"] and found["packages"]
     assert "cores" in found["hardware"] and "/" not in found["hardware"]
-    if name == "packing":
-        assert (tmp_path / "packing.png").read_bytes()[:4] == b"\x89PNG"
+    if name in ("packing", "peers_cpu"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    if name == "peers_cpu":  # both sides computed the same thing
+        assert found["losses"][0] == pytest.approx(found["losses"][1], abs=1e-4)
+        assert [row["fill of ours, %"] > row["fill of theirs, %"] for row in found["rows"]] == [True, True]
+    if name == "features":  # the images were seen before
+        assert found["rows"][0]["rows from the cache, %"] > 0
+    if name == "step":
+        (run,) = found["runs"]
+        assert run["tokens_per_s"] > 0 and run["mfu"] is None and 0 < run["tflops"] < run["matmul_tflops"]
+        assert run["tflop_by_part"]["language"] > run["tflop_by_part"]["vision"] > 0 and run["images"] > 0
+        assert run["memory_bytes"] > 1e6 and all(np.isfinite(run["losses"]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +72,7 @@ def test_quick_leaves_the_results_alone(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_table_is_that_of_the_results() -> None:
     readme = report.README.read_text()
     assert report.with_table(readme, report.RESULTS) == readme
-    assert {path.stem for path in report.RESULTS.glob("*.json")} <= set(NAMES)
+    assert {path.stem for path in report.RESULTS.glob("*.json")} <= {*NAMES, "step_cpu"}
 
 
 def test_pairs_alternate_and_the_ratio_is_found() -> None:

@@ -31,7 +31,8 @@ OVERLAPPED: dict[str, Any] = dict(distributed_optimizer=True, overlap_grad_reduc
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "packed": (1, "packed", {}),
     "packed, two rows at once": (1, "double", {}),
-    "recompute": (1, "packed", dict(recompute="full")),
+    "recompute": (1, "packed", dict(recompute="full", recompute_vision="full")),
+    "recompute selective": (1, "packed", dict(recompute="selective")),
     "tensor 2": (2, "packed", dict(tensor=2)),
     "tensor 2, sequence": (2, "packed", dict(tensor=2, sequence=True)),
     "tensor 2, sequence, recompute": (2, "packed", dict(tensor=2, sequence=True, recompute="full")),
@@ -73,6 +74,7 @@ PLAIN: dict[str, Any] = dict(
     overlap_grad_reduce=False,
     overlap_param_gather=False,
     recompute="none",
+    recompute_vision="none",
 )
 
 

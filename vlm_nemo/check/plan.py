@@ -194,16 +194,17 @@ def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:
 
 
 def _with_recompute(job: Job) -> list[StageNeeds] | None:
-    if job.parallel.recompute == "full":
-        return None
-    return needs(replace(job, parallel=replace(job.parallel, recompute="full")))
+    again = replace(job.parallel, recompute="full")
+    if job.optim.vision_lr is not None:
+        again = replace(again, recompute_vision="full")
+    return None if again == job.parallel else needs(replace(job, parallel=again))
 
 
 def _help(job: Job, limit: int) -> str:
     def peak(parallel: ParallelConfig) -> int:
         return max(stage.peak for stage in needs(replace(job, parallel=parallel)))
 
-    found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak)
+    found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak, job.optim.vision_lr is not None)
     if found is None:
         return "no layout of these ranks helps: use more ranks, a shorter data.pack.capacity, or freeze a part"
     return f"{' '.join(found.words)} makes it {found.peak / GIB:.1f} GiB"

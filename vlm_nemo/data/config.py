@@ -102,6 +102,11 @@ class DataConfig:
     ones."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Remote sources: tries, time limits, cache."""
+    vision_cache: str | None = None
+    """Folder for what a frozen vision tower makes of the images: computed once, to the bit the same when read back,
+    also by later runs; null = computed every time. `vlm-nemo check` says how large it gets."""
+    vision_cache_gb: float = 500.0
+    """Size limit of that folder, GB; what does not fit is computed every time."""
 
 
 @dataclass(kw_only=True)

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlm_nemo.data.augment import augment_image, augment_messages, changes_images, sample_rng
 from vlm_nemo.data.chat import Template, encode_conversation
 from vlm_nemo.data.config import AugmentConfig
-from vlm_nemo.data.image import decode_images
+from vlm_nemo.data.features import FeatureStore, image_key
+from vlm_nemo.data.image import decode_images, left_out, plan_images
 from vlm_nemo.data.layout.images import plan_sizes
+from vlm_nemo.data.layout.plan import ImagePlan
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.pieces import EncodedText, image_tokens
 from vlm_nemo.data.resize import torch_resize
 from vlm_nemo.data.sample import WRONG_LENGTH, EncodedSample, Record, SampleError, printable
 from vlm_nemo.data.storage.folders import Folder
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.types import Images
 
 
 class PlannedSample(NamedTuple):
@@ -51,6 +51,8 @@ class Encoder:
     augment: AugmentConfig
     seed: int
     """Of the augmentation."""
+    features: FeatureStore | None = None
+    """What the vision tower made of images before."""
 
     def text(self, source: str, number: int) -> EncodedText:
         """Tokens and labels of a record. Raises SampleError."""
@@ -81,8 +83,21 @@ class Encoder:
                 # Less text may, with some tokenizers, take more tokens: then the text stays
                 if len(changed.tokens) <= planned.length:
                     text = changed
-        images = self._images(folder, planned, text, rng)
-        return EncodedSample(tokens=text.tokens, labels=text.labels, images=images, positions=text.positions)
+        sample = EncodedSample(
+            tokens=text.tokens, labels=text.labels, images=left_out(text, self.spec), positions=text.positions
+        )
+        files = folder.images(planned.record)
+        augment = None if rng is None else partial(augment_image, cfg=self.augment, rng=rng, resize=torch_resize)
+        decode = partial(decode_images, files, text, self.spec, torch_resize, augment)
+        if self.features is None:
+            return replace(sample, images=decode())
+        plans = plan_images(files, self.spec)
+        keys = tuple(image_key(data, plan.canvases) for data, plan in zip(files, plans, strict=True))
+        # Of another size than the text says: decoding tells
+        alike = len(files) == len(text.plans) and all(map(ImagePlan.stands_like, plans, text.plans))
+        if files and alike and all(key in self.features for key in keys):
+            return replace(sample, image_keys=keys, decode=decode)
+        return replace(sample, image_keys=keys, images=decode())
 
     def name(self, source: str, record: int) -> str:
         """A record's name for logs: shard and member, and its name in the raw data if it can be read."""
@@ -102,9 +117,3 @@ class Encoder:
         if not self.augment.text_dropout and not changes_images(self.augment):
             return None
         return sample_rng(self.seed, planned.source, planned.epoch, planned.record)
-
-    def _images(
-        self, folder: Folder, planned: PlannedSample, text: EncodedText, rng: np.random.Generator | None
-    ) -> Images[NDArray[Any]]:
-        augment = None if rng is None else partial(augment_image, cfg=self.augment, rng=rng, resize=torch_resize)
-        return decode_images(folder.images(planned.record), text, self.spec, torch_resize, augment)

@@ -1,7 +1,7 @@
 """One reader a replica: the first rank reads and decodes, the others get what they need of it, and no more.
 
     stage      tensor rank 0                     its tensor-parallel peers
-    first      has the Loader; sends             account, positions, tokens, pixels
+    first      has the Loader; sends             account, positions, tokens, pixels (or features)
     middle     account, positions                account, positions
     last       account, positions, labels        account, positions, labels
     only one   has the Loader; sends             all of it
@@ -39,7 +39,7 @@ NO_TOKEN = -1
 """Stands for every token where none are needed: it is no placeholder and no word."""
 _PIXELS = "images.patches"
 _EVERYWHERE = ("positions", "cu_seqlens", *(f"images.{f.name}" for f in fields(Images) if f.name != "patches"))
-_FIRST = ("tokens", _PIXELS)
+_FIRST = ("tokens", _PIXELS, "features")
 _LAST = ("labels",)
 
 
@@ -154,7 +154,7 @@ def _account(data: StepData) -> dict[str, Any]:
 def _parts(data: StepData) -> dict[str, Tensor]:
     names = (*_EVERYWHERE, *_FIRST, *_LAST)
     found = {f"{i}.{name}": attrgetter(name)(batch) for i, batch in enumerate(data.batches) for name in names}
-    return {name: part for name, part in found.items() if part is not None}  # most rows have no shares
+    return {name: part for name, part in found.items() if part is not None}  # most rows have no shares, no features
 
 
 def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
@@ -168,6 +168,7 @@ def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
                 labels=parts.get(f"{i}.labels", torch.full((length,), IGNORE_INDEX)),
                 positions=parts[f"{i}.positions"],
                 cu_seqlens=parts[f"{i}.cu_seqlens"],
+                features=parts.get(f"{i}.features"),
                 images=Images(
                     patches=parts.get(f"{i}.{_PIXELS}", torch.empty(0, 0, dtype=torch.uint8)),
                     **{name.removeprefix("images."): parts.get(f"{i}.{name}") for name in _EVERYWHERE if "." in name},

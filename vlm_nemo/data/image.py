@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -91,8 +92,13 @@ def decode_images(
     augment: applied to the whole image, before it is cut; it keeps the image's size. Raises SampleError ("broken
     image", "image size", "wrong length" for an image of another shape than the text was made for).
     """
+    return replace(left_out(text, spec), patches=_patches(images, text.plans, spec, resize, augment))
+
+
+def left_out(text: EncodedText, spec: ImageSpec) -> Images[NDArray[Any]]:
+    """The images that `text` has places for, without their patches."""
     return Images(
-        patches=_patches(images, text.plans, spec, resize, augment),
+        patches=np.empty((0, spec.patch * spec.patch * 3), dtype=np.uint8),
         grids=np.array([grid for plan in text.plans for grid in plan.grids], dtype=np.int64).reshape(-1, 2),
         views=np.array([len(plan.grids) for plan in text.plans], dtype=np.int64),
         embeddings=np.array([plan.embeddings for plan in text.plans], dtype=np.int64),

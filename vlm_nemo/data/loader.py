@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_nemo.data.augment import check_augment
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.encode import PlannedSample
+from vlm_nemo.data.features import FeatureStore, known_features
 from vlm_nemo.data.layout.spec import ImageSpec
 from vlm_nemo.data.ledger import check_budget, recent_samples
 from vlm_nemo.data.mixture import drawn
@@ -87,8 +88,10 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         state: dict[str, Any] | None = None,
+        features: FeatureStore | None = None,
     ) -> None:
-        """max_tokens: longest sample that the model takes; state: of a StepData, taken at any dp_size.
+        """max_tokens: longest sample that the model takes; state: of a StepData, taken at any dp_size; features: what
+        the vision tower made of images before, opened by then or later.
 
         Raises UserError for a folder without shards, an unknown template, rows that cannot be shared out, a state
         of another data set.
@@ -98,7 +101,7 @@ class Loader:
         sources = open_sources(cfg, spec, tokenizer, seed=seed, stop=self._stop)
         self._cfg = cfg
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._encoder = sources.encoder
+        self._encoder = replace(sources.encoder, features=features)
         self._planner = sources.planner(
             max_tokens,
             names=dp_rank == 0,  # the replica of the one rank that tells them
@@ -166,6 +169,8 @@ class Loader:
                     threads = ThreadPoolExecutor(self._cfg.threads, thread_name_prefix="vlm_nemo.decode")
                     stack.callback(threads.shutdown, cancel_futures=True)
                     read = lambda samples: threads.map(self._read, samples)  # noqa: E731
+                if self._encoder.features is not None:
+                    self._encoder.features.wait(self._stop)
                 while not self._stop.is_set():
                     self._put(self._build(self._planner.step(self._cfg.global_packs), read))
         except BaseException as error:  # handed to the caller of next(), who would wait for ever otherwise
@@ -199,8 +204,7 @@ class Loader:
                 else:
                     kept.append(encoded)
                     names.append(sample.position)
-            capacity = self._cfg.pack.capacity * self._cfg.micro_packs
-            batches.append(pack_batch(kept, capacity, self._encoder.tokenizer.pad_id, self._encoder.spec.patch))
+            batches.append(self._pack(kept))
             keys.append(names)
         used = plan.used
         loads = [sum(costs[i] for i in share) for share in shares]
@@ -216,6 +220,21 @@ class Loader:
             delay=plan.delay,
             vision_balance=max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0,
         )
+
+    def _pack(self, samples: list[EncodedSample]) -> PackedBatch:
+        """A micro-batch with the images' features if all of them are known, else with all patches: so the tower always
+        sees what it would see without the store."""
+        capacity, encoder, known = self._cfg.pack.capacity * self._cfg.micro_packs, self._encoder, None
+        if encoder.features is not None:
+            known = known_features(encoder.features, samples, encoder.spec)
+        if known is None:
+            samples = [one if one.decode is None else replace(one, images=one.decode()) for one in samples]
+        else:  # some may have been decoded before the others' features came
+            samples = [replace(one, images=replace(one.images, patches=one.images.patches[:0])) for one in samples]
+        batch = pack_batch(samples, capacity, encoder.tokenizer.pad_id, encoder.spec.patch)
+        if known is not None:
+            return replace(batch, features=known)
+        return replace(batch, image_keys=tuple(key for sample in samples for key in sample.image_keys))
 
     def _read(self, sample: PlannedSample) -> EncodedSample | SampleError:
         if self._stop.is_set():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -138,6 +138,10 @@ class EncodedSample:
     images: Images[NDArray[Any]]
     positions: NDArray[np.int64] | None = None
     """[3, T] where M-RoPE counts an image's rows and columns; None = 0, 1, 2, … three times."""
+    image_keys: tuple[bytes, ...] = ()
+    """Hashes of the encoded images, where features are kept."""
+    decode: Callable[[], Images[NDArray[Any]]] | None = None
+    """The images with their patches, where these were left out because the images' features are known."""
 
 
 class Drop(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.looks import Looks, make_looks
 from vlm_nemo.model.segments import Segments, make_segments
 from vlm_nemo.model.share import Place, Share, share_views
-from vlm_nemo.model.views import VisionBatch, blank_batch, blank_view, vision_batch
+from vlm_nemo.model.views import Features, VisionBatch, blank_batch, blank_view, grids_of, vision_batch
 from vlm_nemo.types import Images, PackedBatch
 
 
@@ -35,7 +36,7 @@ class ModelBatch:
     positions: Tensor
     """[3, 1, T] int64"""
     segments: Segments | CachedStep
-    views: VisionBatch | None
+    views: VisionBatch | Features | None
     """One blank view where the row has none, so that every rank runs the same layers; None in a step of generation,
     which does not train."""
     image_slots: Tensor
@@ -44,6 +45,8 @@ class ModelBatch:
     """[M] int64: the row of [embeddings, then the projector's extra rows] that stands there; [M, 4] with shares"""
     image_shares: Tensor | None = None
     """[M, 4] float32: how much of each of four rows; None = all of one"""
+    keep: Callable[[Tensor], None] | None = None
+    """Takes what the tower made of the views, [N, D], to keep it."""
     share: Share | None = None
     """Where views are this rank's share of the row's: where everyone's embeddings go."""
 
@@ -135,7 +138,12 @@ def model_batch(
     """
     images, share = row.images, None
     embeddings = 0
-    if len(images.patches):
+    views: VisionBatch | Features
+    if row.features is not None:
+        embeddings = count_embeddings(images, row.tokens, cfg, image_token)
+        grids, tiles = grids_of(images.grids), cfg.vision.tiles
+        views = Features(rows=row.features, grids=grids if tiles is None else grids[:1] * (images.count * tiles))
+    elif len(images.patches):
         embeddings = count_embeddings(images, row.tokens, cfg, image_token)
         if sharing[1] > 1:
             views, share = share_views(images.patches, images.grids, cfg, sharing, images.tilings)

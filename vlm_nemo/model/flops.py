@@ -44,23 +44,25 @@ def step_flops(
     supervised: int,
     views: Sequence[int] | None = None,
     looked: Sequence[tuple[int, int]] = (),
+    known: Sequence[Grid] = (),
 ) -> Flops:
     """FLOPs of forward and backward.
 
-    trained: part -> whether it learns; lengths: tokens of every sample, image tokens included; grids: of every view;
-    supervised: labels that take part in the loss; views: of every image, None = one; looked: so many tokens look at so
-    many features, where the decoder has layers for it.
+    trained: part -> whether it learns; lengths: tokens of every sample, image tokens included; grids: of every view
+    that the tower looked at; supervised: labels that take part in the loss; views: of every image that the tower looked
+    at, None = one; looked: so many tokens look at so many features, where the decoder has layers for it; known: grids
+    of the views whose features were known before.
     """
     lang = cfg.language
     linear, attention, embed = _tower(cfg.vision, grids, [1] * len(grids) if views is None else views)
     vision = (linear + attention) * (3 if trained["vision"] else 1) + embed * (2 if trained["vision"] else 1)
 
     projector = 0.0
-    for i, (parameters, rows) in enumerate(_projections(cfg, grids)):
+    for i, (parameters, rows) in enumerate(_projections(cfg, [*grids, *known])):
         upstream = trained["vision"] or (i > 0 and trained["projector"])
         projector += 2 * parameters * rows * (1 + upstream + trained["projector"])
 
-    features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if lang.cross_attention_layers else 0
+    features = sum(view_tokens(spec_of(cfg), grid) for grid in [*grids, *known]) if lang.cross_attention_layers else 0
     language = sum(layer_flops(lang, layer, trained, lengths, looked, features) for layer in range(lang.num_layers))
     passes = 1 + any(trained.values()) + trained["language"]
     head = 2 * lang.hidden_size * lang.vocab_size * supervised * passes

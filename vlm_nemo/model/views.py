@@ -66,6 +66,24 @@ class VisionBatch:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What the tower makes of a row's views, where it is known already."""
+
+    rows: Tensor
+    """[N, D], as `VisionTower.forward` gives it"""
+    grids: tuple[Grid, ...]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Features:
+        """The same, every tensor through `move`."""
+        return Features(rows=move(self.rows), grids=self.grids)
+
+
+def grids_of(grids: Tensor | Sequence[Grid]) -> tuple[Grid, ...]:
+    """[V, 2] to tuples."""
+    return tuple((int(h), int(w)) for h, w in (grids.tolist() if isinstance(grids, Tensor) else grids))
+
+
 def vision_batch(
     patches: Tensor, grids: Tensor | Sequence[Grid], cfg: VisionConfig, tilings: Tensor | None = None
 ) -> VisionBatch:
@@ -74,7 +92,7 @@ def vision_batch(
     tilings: [N, 2] rows and columns of tiles of every image, for a tower with tiles.
     Raises ValueError where the grids are not of as many patches as there are, or the tiles not of as many views.
     """
-    known = tuple((int(h), int(w)) for h, w in (grids.tolist() if isinstance(grids, Tensor) else grids))
+    known = grids_of(grids)
     sizes = [h * w for h, w in known]
     if not known or sum(sizes) != patches.shape[0]:
         raise ValueError(f"{patches.shape[0]} patches, but grids {list(known)} are of {sum(sizes)}")

@@ -46,6 +46,7 @@ class VisionTower(MegatronModule):
         check(cfg, parallel)
         width, layers = cfg.hidden_size, layers_used(cfg)
         sizes: dict[str, Any] = dict(
+            recompute=parallel.recompute_vision,
             hidden_size=width,
             num_attention_heads=cfg.num_heads,
             ffn_hidden_size=cfg.ffn_hidden_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from vlm_nemo.model.head import Targets
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.projector.build import build_projector
 from vlm_nemo.model.share import Place, Share, gathered
-from vlm_nemo.model.views import VisionBatch
+from vlm_nemo.model.views import Features, VisionBatch
 from vlm_nemo.model.vision import VisionTower
 from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
@@ -74,7 +75,7 @@ class VLM(MegatronModule):
             x = self.language.embed(batch.tokens, batch.positions)
             if image_rows is None:
                 assert batch.views is not None, "every row of training has a view, were it a blank one"
-                image_rows = self.embed_images(batch.views, batch.share)
+                image_rows = self.embed_images(batch.views, batch.share, batch.keep)
             if self.looks:
                 features = image_rows.unsqueeze(1).to(x.dtype)
             else:
@@ -104,14 +105,22 @@ class VLM(MegatronModule):
         self.language.set_input_tensor(hidden)
         return features
 
-    def embed_images(self, views: VisionBatch, share: Share | None = None) -> Tensor:
+    def embed_images(
+        self, views: VisionBatch | Features, share: Share | None = None, keep: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         """[E + K, D]: the views' embeddings, then the projector's K extra rows. A frozen tower saves no activations.
 
-        share: the views are this rank's share of a row's; E counts those of all ranks.
+        share: the views are this rank's share of a row's; E counts those of all ranks. keep: is given the tower's
+        features [N, D].
         """
-        frozen = not any(p.requires_grad for p in self.vision.parameters())
-        with torch.no_grad() if frozen else contextlib.nullcontext():
-            features = self.vision(views)
+        if isinstance(views, Features):
+            features = views.rows
+        else:
+            frozen = not any(p.requires_grad for p in self.vision.parameters())
+            with torch.no_grad() if frozen else contextlib.nullcontext():
+                features = self.vision(views)
+            if keep is not None:
+                keep(features)
         rows = self.projector(features, views.grids)
         if share is not None:
             rows = gathered(rows, share, alike=self.whole_rows)

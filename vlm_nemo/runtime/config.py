@@ -33,5 +33,8 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Collect updated weights from the data ranks in buckets while the next forward pass runs, not before it; needs
     distributed_optimizer and overlap_grad_reduce."""
-    recompute: str = field(default="none", metadata={"choices": ("none", "full")})
-    """full: recompute the activations of every language layer in the backward pass."""
+    recompute: str = field(default="none", metadata={"choices": ("none", "selective", "full")})
+    """What of the language layers is computed again in the backward pass instead of kept: selective = attention's core
+    and the MLP, which hold more than half of it; full = whole layers."""
+    recompute_vision: str = field(default="none", metadata={"choices": ("none", "full")})
+    """The same of the vision tower's layers, where it trains; frozen it keeps nothing anyway."""

@@ -20,6 +20,7 @@ from vlm_nemo.train.config import OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import StepMetrics
 from vlm_nemo.train.optim import learns, part_rates
 from vlm_nemo.train.step import StepResult
+from vlm_nemo.types import PackedBatch
 
 
 @dataclass(kw_only=True)
@@ -60,9 +61,10 @@ class Accounting:
                 self.model_cfg,
                 learns(self.optim_cfg),
                 lengths=[n for batch in data.batches for n in batch.lengths],
-                grids=[(rows, columns) for batch in data.batches for rows, columns in batch.images.grids.tolist()],
+                grids=[grid for batch in data.batches if batch.features is None for grid in _grids(batch)],
+                known=[grid for batch in data.batches if batch.features is not None for grid in _grids(batch)],
                 supervised=supervised,
-                views=[count for batch in data.batches for count in batch.images.views.tolist()],
+                views=[n for batch in data.batches if batch.features is None for n in batch.images.views.tolist()],
                 looked=[look for batch in data.batches for look in looked(batch, self.model_cfg)],
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
@@ -108,3 +110,7 @@ class Accounting:
             self.data_cfg.min_samples_before_stop,
             own={name: source.max_bad_fraction for name, source in sources if source.max_bad_fraction is not None},
         )
+
+
+def _grids(batch: PackedBatch) -> list[tuple[int, int]]:
+    return [(rows, columns) for rows, columns in batch.images.grids.tolist()]

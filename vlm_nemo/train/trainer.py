@@ -31,6 +31,7 @@ from vlm_nemo.train.metrics import MetricsWriter
 from vlm_nemo.train.optim import set_rates, settle
 from vlm_nemo.train.saver import Saver
 from vlm_nemo.train.step import train_step
+from vlm_nemo.train.vision_cache import Keeper
 from vlm_nemo.types import PackedBatch, UserError
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Trainer:
     """On the main rank only."""
     saver: Saver
     request: StopRequest
+    keeper: Keeper | None
+    """Keeps what a frozen tower makes of images, on the rank that reads."""
     clock: Callable[[], float]
     """Seconds that the run's attempts took so far."""
     start: int = 0
@@ -137,14 +140,17 @@ class Trainer:
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
         context = (self.ranks.context_rank, self.ranks.context)
-        return model_batch(
+        # What every rank embeds whole can be kept and read whole; read back, it costs the projector alone
+        sharing = (0, 1) if self.data_cfg.vision_cache else self.chunks[0].image_place
+        batch = model_batch(
             row,
             self.model_cfg,
             image_token=self.image_token,
             device=device.device(),
             context=context,
-            sharing=self.chunks[0].image_place,
+            sharing=sharing,
         )
+        return batch if self.keeper is None else self.keeper.keeping(batch, row)
 
     def _next(self) -> StepData:
         """The next step's data. Where no usable sample comes any more, that too is on disk and in the log."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from vlm_nemo.check import report
 from vlm_nemo.check.audit import audit
 from vlm_nemo.check.config import PARTS
 from vlm_nemo.check.dry import dry
+from vlm_nemo.check.features import cache_size
 from vlm_nemo.check.labels import Spoken
 from vlm_nemo.check.leaks import leaks
 from vlm_nemo.check.made import Subject, conversations, subject
@@ -111,7 +113,19 @@ def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
         ),
         work=work,
     )
-    return plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
+    found = plan(job, memory_gib=cfg.check.memory_gib, reserve_gib=cfg.check.reserve_gib, assumed=assumed)
+    return found if cfg.data.vision_cache is None else _with_cache(cfg, found, there_is_data)
+
+
+def _with_cache(cfg: CheckRoot, found: Finding, there_is_data: bool) -> Finding:
+    """The plan with what data.vision_cache needs of its disk."""
+    assert cfg.data.vision_cache is not None
+    size = cache_size(cfg.data, cfg.model, cfg.optim, cfg.precision, there=there_is_data)
+    line = size.said(cfg.data.vision_cache)
+    if size.fits:
+        return replace(found, notes=[*found.notes, line], data={**found.data, "vision_cache": asdict(size)})
+    verdict = line if found.ok else f"{found.verdict}; {line}"
+    return replace(found, ok=False, verdict=verdict, data={**found.data, "vision_cache": asdict(size)})
 
 
 def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int, str, Work]:

@@ -33,6 +33,7 @@ from vlm_nemo.train.origin import check_tokenizer, check_vocabulary
 from vlm_nemo.train.saver import Saver
 from vlm_nemo.train.step import prepare_model
 from vlm_nemo.train.trainer import Trainer
+from vlm_nemo.train.vision_cache import check_cache, open_store, start_keeping, summary
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
 from vlm_nemo.verbs.cut import cut
@@ -67,6 +68,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
             f"{run_dir} holds checkpoints of an earlier run and checkpoint.resume=false; name another run_dir, "
             "or remove that one"
         )
+    check_cache(cfg.data, cfg.optim)
     saved = checkpoint.resumable(run_dir / "checkpoints", ranks) if cfg.checkpoint.resume else None
     start, before = (saved.step, _seconds(run_dir)) if saved else (0, 0.0)
     origin = checkpoint.find(cfg.checkpoint.load) if cfg.checkpoint.load and not saved else None
@@ -77,6 +79,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
             check_tokenizer(tokenizer, origin, "start the language afresh (checkpoint.reset)")
     if saved:
         check_tokenizer(tokenizer, saved.path, "start a new run (run_dir)")
+    store = open_store(cfg.data, ranks)
     # Closed however this ends: an interpreter that exits while the thread decodes aborts instead of saying why
     loader = Feed(
         lambda: Loader(
@@ -88,6 +91,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
             dp_rank=ranks.data_rank,
             dp_size=ranks.data,
             state=saved.state["loader"] if saved else None,
+            features=store,
         ),
         ranks,
     )
@@ -112,6 +116,11 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     prepare_model(model)
     if saved:
         checkpoint.load_optimizer(saved.path, chunks, optimizer, saved.updates)
+
+    keeper = None
+    if cfg.data.vision_cache:
+        keeper = start_keeping(store, chunks, cfg.model, cfg.parallel, cfg.precision)
+        opened.callback(keeper.close if keeper else lambda: None)
 
     def write_extras(folder: Path) -> None:
         (folder / "config.yaml").write_text(config_text)
@@ -171,12 +180,17 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         metrics=metrics,
         saver=saver,
         request=request,
+        keeper=keeper,
         clock=lambda: before + time.perf_counter() - began,
         start=start,
         updates=saved.updates if saved else 0,
     )
     last = trainer.run()
     opened.close()  # the last lines come after the bar's
+    if cfg.data.vision_cache:
+        line = summary(store, cfg.data.vision_cache)
+        if ranks.main:
+            print(line)
     if ranks.main:
         print(f"step {last} of {cfg.trainer.steps} done; see {run_dir}/loss.png, {run_dir}/checkpoints/latest")
 
