@@ -18,7 +18,7 @@ import pytest
 
 from vlm_nemo import cli
 from vlm_nemo.cli import main
-from vlm_nemo.model.config import RopeScaling
+from vlm_nemo.model.config import MoeConfig, RopeScaling
 from vlm_nemo.options import options
 from vlm_nemo.runtime import local
 from vlm_nemo.runtime.config import ParallelConfig
@@ -277,6 +277,30 @@ def test_key_value_heads_that_tensor_ranks_cannot_share() -> None:
 def test_a_decoder_that_means_nothing(changed: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=says):
         check_layout(ParallelConfig(), tiny_model(**changed), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("moe", "layout", "world", "says"),
+    [
+        (dict(), dict(expert=2), 2, "parallel.expert=2 spreads experts, and this model has none"),
+        (dict(experts=4), dict(expert=3), 3, "not divide model.language.moe.experts=4; .*expert=1 or 2 or 4"),
+        (dict(experts=4), dict(expert=2, pipeline=2), 2, "takes its ranks from the 1 of tensor x context x data"),
+        (dict(experts=4, top_k=5), dict(), 1, "top_k=5 is not between 1 and model.language.moe.experts=4"),
+        (dict(experts=4, top_k=1), dict(), 1, "norm_top_k=true gives the one expert"),
+        (dict(experts=4, every=0), dict(), 1, "model.language.moe.every=0: the smallest is 1"),
+        (dict(experts=4, ffn_hidden_size=9), dict(tensor=2), 2, "model.language.moe.ffn_hidden_size=9"),
+        (dict(experts=4, shared_ffn_hidden_size=9), dict(tensor=2, expert=2), 2, "moe.shared_ffn_hidden_size=9"),
+    ],
+)
+def test_experts_that_do_not_fit(moe: dict[str, int], layout: dict[str, int], world: int, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        check_layout(ParallelConfig(**layout), tiny_model(moe=MoeConfig(**moe)), world_size=world)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_experts_need_not_be_cut() -> None:
+    model = tiny_model(moe=MoeConfig(experts=4, ffn_hidden_size=9))
+    check_layout(ParallelConfig(tensor=2, expert=2), model, world_size=2)
 
 
 def test_rows_are_cut_evenly_under_sequence_parallelism() -> None:

@@ -103,6 +103,18 @@ class PackedBatch:
     no patches."""
     image_keys: tuple[bytes, ...] = ()
     """Hashes of the row's images under which their features are to be kept; on the rank that reads."""
+    segment_labels: Tensor | None = None
+    """[S] int64: what `supervised_by_segment` gives, for ranks that get no labels; None: they are counted"""
+
+    def supervised_by_segment(self) -> Tensor:
+        """[S] int64: labels of every segment that take part in the loss."""
+        if self.segment_labels is not None:
+            return self.segment_labels
+        bounds = self.cu_seqlens.tolist()
+        counts = [
+            int((self.labels[start:end] != IGNORE_INDEX).sum()) for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        return self.cu_seqlens.new_tensor(counts).long()
 
     @property
     def lengths(self) -> list[int]:

@@ -30,6 +30,7 @@ MODELS = [
     "llava_next_mistral_7b",
     "llava_onevision_0.5b",
     "internvl25_1b",
+    "internvl35_30b_a3b",
     "qwen2_5_vl_3b",
     "gemma3_4b",
     "idefics3_8b",

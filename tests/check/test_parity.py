@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from vlm_nemo.check import parity as parities
 from vlm_nemo.check.made import Subject
 from vlm_nemo.check.parity import CASES, Differences, parity
+from vlm_nemo.model.config import MoeConfig
 from vlm_nemo.runtime.config import ParallelConfig
 
 MEAN_LOSS = """
@@ -79,8 +81,21 @@ def test_a_sound_model_passes(small: Subject, monkeypatch: pytest.MonkeyPatch) -
 def test_every_layout(small: Subject) -> None:
     found = parity(small, ParallelConfig())
     assert found.ok, found.verdict
-    assert len(found.data["layouts"]) == len(CASES) - 1
+    dense = [name for name in CASES if "expert" not in name]
+    assert len(found.data["layouts"]) == len(dense) - 1
     assert list(found.data["left_out"]) == ["tensor 4, sequence"]
+
+
+@pytest.mark.slow
+def test_every_spread_of_experts(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [name for name in CASES if "expert" in name]
+    only(monkeypatch, *names)
+    moe = MoeConfig(experts=4, ffn_hidden_size=24, aux_loss=0.05, z_loss=0.01)
+    model = replace(small.model, language=replace(small.model.language, moe=moe))
+    found = parity(replace(small, model=model), ParallelConfig())
+    assert found.ok and not found.data["left_out"], found
+    assert [layout["name"] for layout in found.data["layouts"]] == names
+    assert {"router", "experts"} < set(found.data["layouts"][0]["gradients"])
 
 
 def test_a_mean_loss_per_micro_batch_is_found(small: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
-from vlm_nemo.check.needs import StageNeeds
+from vlm_nemo.check.needs import EXPERTS, StageNeeds
 from vlm_nemo.check.plan import GIB, Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
+from vlm_nemo.model.config import MoeConfig
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
@@ -109,6 +110,27 @@ def test_a_layout_of_many_ranks_shares_out_what_one_rank_holds() -> None:
     assert flops == pytest.approx(alone.forward_flops, rel=0.02)
     # A frozen tower has no backward pass, a trained decoder one of twice the forward
     assert 1.0 < stages[1].backward_flops / stages[1].forward_flops <= 2.1
+
+
+def test_experts_are_shared_out_and_their_tokens_counted() -> None:
+    """In a rehearsal every expert gets its even share of the tokens: two of four experts compute half of their work."""
+    moe = MoeConfig(experts=4, top_k=2, ffn_hidden_size=24, aux_loss=0.01)
+
+    def sparse(parallel: ParallelConfig, world: int = 1) -> Job:
+        made = job(parallel, world)
+        return replace(made, model=replace(made.model, language=replace(made.model.language, moe=moe)))
+
+    (alone,), (shared,) = needs(sparse(ParallelConfig())), needs(sparse(ParallelConfig(expert=2), world=2))
+    assert alone.experts == 4 * 4 * 3 * 24 * 32 and shared.experts * 2 == alone.experts
+    assert sum(alone.parameters.values()) - sum(shared.parameters.values()) == shared.experts
+    assert shared.forward_flops == pytest.approx(alone.forward_flops, rel=0.01)  # half of twice as many tokens
+    sent = sum(size for name, size in shared.sent.items() if name.startswith(EXPERTS))
+    # A layer and micro-batch: tokens of both ranks in, their own out, and both again for the gradients; the weights of
+    # four experts in fp32 likewise, and which were chosen
+    assert sent == 4 * 4 * 2048 * (32 * 4 * (2 + 1 + 2 + 1) + 4 * 4 * (2 + 1) + 4 * 2)
+    assert not any(name.startswith(EXPERTS) for name in alone.sent)
+    finding = plan(sparse(ParallelConfig(expert=2), world=2), memory_gib=8, reserve_gib=0.0, assumed="made up")
+    assert finding.tables[1].columns[-2:] == ("experts M", "to experts MB")
 
 
 def test_what_a_checkpoint_copies_is_told() -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.weights.published import hf_tensors
 from vlm_nemo.data.chat import TEMPLATES, Template, encode_conversation
 from vlm_nemo.data.image import decode_images, plan_images
 from vlm_nemo.data.sample import EncodedSample, Message
@@ -60,7 +61,7 @@ def sample(cfg: ModelConfig, words: Tokenizer, sizes: Sequence[tuple[int, int]])
 def copy_weights(theirs: nn.Module, chunks: Sequence[nn.Module], cfg: ModelConfig) -> None:
     """Through the table that `convert` uses, into a model of any layout."""
     naming = naming_of(cfg)
-    state = {naming.understood(key): tensor for key, tensor in theirs.state_dict().items()}
+    state = {naming.understood(key): tensor for key, tensor in hf_tensors(theirs).items()}
     table = {entry.ours: entry for entry in naming.entries(cfg)}
     with torch.no_grad():
         for local in local_parameters(chunks):

@@ -23,7 +23,7 @@ from vlm_nemo.model.layout import spec_of
 from vlm_nemo.weights.parity import hf_inputs
 
 NEW = 6
-ONE_EACH = [name for name in zoo.MODELS if zoo.config(name).family == name]
+ONE_EACH = [name for name in zoo.MODELS if zoo.config(name).family == name or zoo.config(name).language.moe.experts]
 
 
 @torch.no_grad()

@@ -89,9 +89,9 @@ def test_transformers_own_loss_is_ours(name: str) -> None:
     assert loss.item() == pytest.approx(theirs(**given, labels=torch.tensor([list(one.labels)])).loss.item(), abs=1e-5)
 
 
-def differences(names: list[str], tensor: int, pipeline: int) -> dict[str, float]:
+def differences(names: list[str], tensor: int, pipeline: int, expert: int) -> dict[str, float]:
     """Largest difference of the packed row's losses from transformers', by model; on two ranks."""
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
     found = {}
     with device.adapter(), torch.no_grad():
         groups.start(parallel, seed=0)
@@ -131,10 +131,14 @@ def forward(chunk: Any, batch: ModelBatch) -> Tensor | None:
     return out[0]
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
-def test_two_ranks_give_the_same(tensor: int, pipeline: int) -> None:
+SPARSE = [name for name in zoo.MODELS if zoo.config(name).language.moe.experts]
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_two_ranks_give_the_same(tensor: int, pipeline: int, expert: int) -> None:
+    names = list(zoo.MODELS) if expert == 1 else SPARSE
     found: dict[str, float] = {}
-    for rank in run_ranks(differences, 2, list(zoo.MODELS), tensor, pipeline, timeout=280):
+    for rank in run_ranks(differences, 2, names, tensor, pipeline, expert, timeout=280):
         found |= rank
-    assert set(found) == set(zoo.MODELS)
+    assert set(found) == set(names)
     assert max(found.values()) < WITHIN, found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import tiny
-from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.config import ModelConfig, MoeConfig
 from vlm_nemo.model.flops import step_flops
 
 STAGE1 = {"vision": False, "projector": True, "language": False}
@@ -31,6 +31,19 @@ def test_against_a_sum_by_hand() -> None:
     vision_layer = 4 * 16 * 16 + 2 * 16 * 32
     assert found.vision == 3 * (2 * 2 * vision_layer * 5 + 4 * 2 * 16 * 5 * 5) + 2 * (2 * 192 * 16 * 4)
     assert found.projector == 2 * 4 * (16 * 32 * 3 + 32 * 32 * 3)
+
+
+def test_only_the_experts_that_a_token_goes_to_count() -> None:
+    """By hand: two of four experts, the shared one, its gate, and the router; the first layer is dense."""
+    moe = MoeConfig(
+        experts=4, top_k=2, ffn_hidden_size=24, shared_ffn_hidden_size=16, shared_gate=True, dense_layers=[0]
+    )
+    cfg = tiny.tiny_model(moe=moe)
+    found = step_flops(cfg, ALL, lengths=[10, 6], grids=[(2, 2)], supervised=5)
+    attention = 32 * 8 * (2 * 4 + 2 * 2)
+    dense, sparse = 3 * 32 * 48, 3 * 32 * (2 * 24 + 16) + 32 * (4 + 1)
+    matrices = 4 * attention + dense + 3 * sparse
+    assert found.language == 3 * (2 * matrices * 16 + 2 * 4 * 32 * (10 * 10 + 6 * 6))
 
 
 def test_frozen_parts_cost_less() -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from tests.weights.experts import unjoined
 from vlm_nemo.config import Config, build, compose, group_choices
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.weights.config import hf_config_of
@@ -49,6 +50,12 @@ def hf_config(content: dict[str, Any]) -> transformers.PretrainedConfig:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(content))
         return transformers.AutoConfig.from_pretrained(folder)
+
+
+def hf_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Its state_dict as the hub spells experts."""
+    text = getattr(model.config, "text_config", model.config)
+    return unjoined(model.state_dict(), text.model_type == "mixtral")
 
 
 def hf_model(cfg: ModelConfig, device: str = "cpu", words: Words | None = None) -> nn.Module:

@@ -34,7 +34,7 @@ class Watch:
         self.live -= size
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "llava_mixtral"])
 def test_one_file_s_worth_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     zoo.save(tmp_path / "hf", name)
     limit = 40_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from tests.weights import twins
 from tests.weights.published import hf_model, published
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.config import ModelConfig, MoeConfig
 from vlm_nemo.model.twin import VOCABULARY, twin
 from vlm_nemo.weights.families import FAMILIES
 from vlm_nemo.weights.preprocessing import preprocessor_config, processor_config
@@ -26,6 +27,9 @@ MODELS = {
     "llava_onevision": "llava_onevision_0.5b",
     "internvl": "internvl3_1b",
     "internvl_6b_tower": "internvl3_38b",
+    "internvl_experts": "internvl35_30b_a3b",
+    "llava_mixtral": "llava15_7b",
+    "llava_qwen2_moe": "llava15_7b",
     "qwen2_vl": "qwen2_vl_7b",
     "qwen2_vl_tied": "qwen2_vl_2b",
     "qwen2_5_vl": "qwen2_5_vl_7b",
@@ -38,6 +42,25 @@ MODELS = {
     "mllama": "llama32_vision_11b",
 }
 """What tests call a model -> its file in conf/model. The first of a family is enough where a test is slow."""
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "llava_mixtral": dict(num_kv_heads=8, ffn_hidden_size=14336, rope_base=1e6, moe=MoeConfig(experts=8)),
+    "llava_qwen2_moe": dict(
+        qkv_bias=True,
+        norm_eps=1e-6,
+        moe=MoeConfig(
+            experts=60,
+            top_k=4,
+            norm_top_k=False,
+            ffn_hidden_size=1408,
+            shared_ffn_hidden_size=5632,
+            shared_gate=True,
+            every=2,
+            dense_layers=[3],
+        ),
+    ),
+}
+"""Models with another decoder than their file's."""
 
 _TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 _CHAT = ["<|im_start|>", "<|im_end|>"]
@@ -69,7 +92,9 @@ PLACEHOLDER = {
 
 def config(name: str) -> ModelConfig:
     """A tiny model of a family."""
-    return twin(published(MODELS[name]))
+    cfg = published(MODELS[name])
+    cfg.language = replace(cfg.language, **DECODERS.get(name, {}))
+    return twin(cfg)
 
 
 def write_words(folder: Path, family: str) -> Tokenizer:

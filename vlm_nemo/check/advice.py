@@ -44,6 +44,10 @@ def knobs(
         yield ("parallel.recompute=selective",), replace(parallel, recompute="selective")
     if parallel.recompute != "full":
         yield ("parallel.recompute=full",), replace(parallel, recompute="full")
+    expert = 2 * parallel.expert
+    while expert <= 64 and world // parallel.pipeline % expert == 0:  # a dense model refuses them
+        yield (f"parallel.expert={expert}",), replace(parallel, expert=expert)
+        expert *= 2
     tensor = 2 * parallel.tensor
     while tensor <= 8 and world % (tensor * parallel.pipeline * parallel.context) == 0:
         words = (f"parallel.tensor={tensor}", "parallel.sequence=true")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +28,8 @@ ADAM = 8
 """Bytes a trained parameter: AdamW's two moments in fp32."""
 MASTER = 4
 """Bytes a trained parameter in bf16: AdamW's fp32 copy."""
+EXPERTS = "experts"
+"""Word before the names of collectives that carry tokens to experts and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class StageNeeds:
     """Part -> numbers that this rank holds."""
     trained: int
     """Of these, the ones that learn."""
+    experts: int
+    """Of the parameters, those of experts."""
     weights: int
     gradients: int
     """megatron's fp32 buffers, padding included."""
@@ -49,8 +54,8 @@ class StageNeeds:
     """Of one micro-batch, matrix products and attention as they are computed: padding included."""
     backward_flops: float
     sent: dict[str, int] = field(default_factory=dict)
-    """Collective -> bytes that this rank hands in during a step: those of the tensor group, between stages, and of the
-    context group (meter.py)."""
+    """Collective -> bytes that this rank hands in during a step: those of the tensor group, between stages, of the
+    context group and of the experts' (meter.py)."""
     data_sent: int = 0
     """The same over data x context ranks: fp32 gradients reduced, weights gathered."""
 
@@ -71,6 +76,7 @@ def stage_needs(
     micro: int,
 ) -> StageNeeds:
     """Run the schedule of `stage` with as many of its `micro` micro-batches as it ever holds at once."""
+    cfg = replace(cfg, kernels="plain", fp8="none")  # TransformerEngine's layers do not run on shapes
     per_stage = world // parallel.pipeline  # megatron numbers tensor, then context, data, pipeline ranks
     with pretend(parallel, world=world, rank=stage * per_stage) as ranks:
         kinds = range(parallel.virtual) if parallel.virtual > 1 else [None]
@@ -81,39 +87,53 @@ def stage_needs(
         for chunk in model:  # what finishes a step's gradients sums over the data group: counted below
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
         parameters: dict[str, int] = {}
-        trained = 0
+        learn = {"dense": 0, "spread": 0}
+        experts = 0
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 part = name.split(".", 1)[0]
                 parameters[part] = parameters.get(part, 0) + parameter.numel()
-                trained += parameter.numel() if parameter.requires_grad else 0
+                spread = not getattr(
+                    parameter, "allreduce", True
+                )  # megatron's mark of experts with a group of their own
+                learn["spread" if spread else "dense"] += parameter.numel() if parameter.requires_grad else 0
+                experts += parameter.numel() if ".experts." in name else 0
         batch = make(shapes_only)
         batches = [batch] * _enough(parallel, micro)
         with FlopCounterMode(display=False) as forward:
             run_schedule(model, batches, forward_only=True)
-        meter = Meter({"context": groups.context_group()} if parallel.context > 1 else None)
+        apart = {"context": groups.context_group()} if parallel.context > 1 else {}
+        if cfg.language.moe.experts is not None:
+            apart[EXPERTS] = groups.experts_group()
+        meter = Meter(apart)
         weights = meter.include([[p.data for p in chunk.parameters()] for chunk in chunks])
-        gradients = meter.include([[buffer.grad_data for buffer in chunk.buffers] for chunk in model])
+        gradients = meter.include([_gradients(chunk) for chunk in model])
         meter.restart()
         with meter:
             run_schedule(model, batches)
         with FlopCounterMode(display=False) as both:
             run_schedule(model, batches)
-        holders = ranks.data * ranks.context  # of the same parameters, each with gradients of other tokens
-        share = holders if parallel.distributed_optimizer else 1
-        state = trained * (ADAM + (MASTER if precision == "bf16" else 0)) // share
+        copies = {  # ranks that hold the same parameters, each with gradients of other tokens
+            "dense": ranks.data * ranks.context,
+            "spread": per_stage // (parallel.expert * parallel.expert_tensor),
+        }
+        split = {kind: count if parallel.distributed_optimizer else 1 for kind, count in copies.items()}
+        state = sum(n * (ADAM + (MASTER if precision == "bf16" else 0)) // split[kind] for kind, n in learn.items())
         shared = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_shared(p))
     total = both.get_total_flops() / len(batches)
     first = forward.get_total_flops() / len(batches)
     scale = micro / len(batches)
-    data_sent = 0 if holders == 1 else gradients + (trained * (2 if precision == "bf16" else 4) // share)
+    data_sent = sum(
+        4 * n + n * (2 if precision == "bf16" else 4) // split[kind] for kind, n in learn.items() if copies[kind] > 1
+    )
     sent = {name: round(size * scale) for name, size in meter.sent.items()}
     if shared:  # their fp32 gradients are averaged over the tensor group, where a step's gradients are finished
         sent["allreduce"] = sent.get("allreduce", 0) + 4 * shared
     return StageNeeds(
         stage=stage,
         parameters=parameters,
-        trained=trained,
+        trained=sum(learn.values()),
+        experts=experts,
         weights=weights,
         gradients=gradients,
         optimizer=state,
@@ -123,6 +143,11 @@ def stage_needs(
         sent=sent,
         data_sent=data_sent,
     )
+
+
+def _gradients(chunk: DistributedDataParallel) -> list[Tensor]:
+    """megatron's buffers: of what all data ranks hold, and of experts that are spread over them."""
+    return [buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def _enough(parallel: ParallelConfig, micro: int) -> int:

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "pipeline 2, layers 1 and 3": (2, "packed", dict(pipeline=2, layers=[1, 3])),
     "data 2": (2, "packed", {}),
     "data 2, distributed optimizer": (2, "packed", dict(distributed_optimizer=True)),
+    "expert 2": (2, "packed", dict(expert=2)),
+    "tensor 2, sequence, expert 2": (2, "packed", dict(tensor=2, sequence=True, expert=2)),
     "context 2": (2, "packed", dict(context=2)),
     "context 2, recompute": (2, "packed", dict(context=2, recompute="full")),
     "data 2, overlapped": (2, "packed", OVERLAPPED),
@@ -53,6 +55,12 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         "packed",
         dict(tensor=2, sequence=True, distributed_optimizer=True),
     ),
+    "tensor 2, data 2, expert 4, distributed optimizer": (
+        4,
+        "packed",
+        dict(tensor=2, expert=4, distributed_optimizer=True),
+    ),
+    "expert 2, data 4, distributed optimizer": (4, "packed", dict(expert=2, distributed_optimizer=True)),
     "context 4": (4, "packed", dict(context=4)),
     "context 2, tensor 2, sequence": (4, "packed", dict(context=2, tensor=2, sequence=True)),
     "context 2, tensor 2, images shared out": (4, "packed", dict(context=2, tensor=2, vision=1, sequence=True)),
@@ -69,6 +77,7 @@ PLAIN: dict[str, Any] = dict(
     virtual=1,
     layers=[],
     context=1,
+    expert=1,
     sequence=False,
     distributed_optimizer=False,
     overlap_grad_reduce=False,
@@ -138,6 +147,8 @@ def possible(subject: Subject, parallel: ParallelConfig) -> tuple[list[tuple[int
     """(processes, case) of what this model can do; and why the others were left out."""
     found, left_out = [], {}
     for name, (world, rows, fields) in CASES.items():
+        if "expert" in fields and subject.model.language.moe.experts is None:
+            continue
         layout = replace(parallel, **(PLAIN | fields))
         try:
             check_layout(layout, subject.model, world_size=world, global_packs=len(ROWS))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
-from vlm_nemo.check.needs import StageNeeds, stage_needs
+from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
 from vlm_nemo.check.timeline import Timeline, one_f_one_b
 from vlm_nemo.model.batch import ModelBatch
@@ -124,12 +124,14 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         ],
         bad=frozenset(i for i, s in enumerate(stages) if s.peak > limit),
     )
+    sparse = job.model.language.moe.experts is not None
     work = Table(
         title="a step of one replica",
         columns=(
             *("stage", "parts", "layers", "TFLOP", "share", "tensor group MB"),
             *(("context group MB",) if job.parallel.context > 1 else ()),
             *("to stages MB", "data group MB"),
+            *(("experts M", "to experts MB") if sparse else ()),
         ),
         rows=[
             (
@@ -139,9 +141,10 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
                 f"{_tensor_bytes(s) / 1e6:,.0f}",
-                *((f"{_context_bytes(s) / 1e6:,.0f}",) if job.parallel.context > 1 else ()),
+                *((f"{_apart_bytes(s, 'context') / 1e6:,.0f}",) if job.parallel.context > 1 else ()),
                 f"{(s.sent.get('send', 0)) / 1e6:,.0f}",
                 f"{s.data_sent / 1e6:,.0f}",
+                *((f"{s.experts / 1e6:,.1f}", f"{_apart_bytes(s, EXPERTS) / 1e6:,.0f}") if sparse else ()),
             )
             for s, busy in zip(stages, line.busy, strict=True)
         ],
@@ -211,12 +214,16 @@ def _help(job: Job, limit: int) -> str:
 
 
 def _tensor_bytes(stage: StageNeeds) -> int:
-    """In forward and backward, what goes neither to another stage nor to context ranks goes to the tensor group."""
-    return sum(size for name, size in stage.sent.items() if name not in ("send", "recv")) - _context_bytes(stage)
+    """In forward and backward, what goes neither to another stage, nor to context ranks, nor to experts goes to the
+    tensor group."""
+    rest = sum(size for name, size in stage.sent.items() if name not in ("send", "recv"))
+    return rest - _apart_bytes(stage, "context") - _apart_bytes(stage, EXPERTS)
 
 
-def _context_bytes(stage: StageNeeds) -> int:
-    return sum(size for name, size in stage.sent.items() if name.startswith("context "))
+def _apart_bytes(stage: StageNeeds, word: str) -> int:
+    """Of collectives that are counted apart: keys and values of context ranks; tokens for experts and what these give,
+    where in a rehearsal every expert gets its even share."""
+    return sum(size for name, size in stage.sent.items() if name.startswith(f"{word} "))
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:

@@ -135,7 +135,7 @@ def gather_gradients(model: Sequence[DistributedDataParallel]) -> None:
     for chunk in model:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             for bucket in buffer.buckets:
                 group = buffer.data_parallel_group
                 shares = bucket.grad_data.view(dist.get_world_size(group), -1)
@@ -180,6 +180,9 @@ LANGUAGE = {
     "self_attention": "attention",
     "cross_attention": "attention",
     "mlp": "mlp",
+    "experts": "experts",
+    "shared_experts": "experts",
+    "router": "router",
 }
 """A word of a parameter's name -> what it is called in the table."""
 
@@ -192,4 +195,4 @@ def module_of(name: str) -> str:
     words = rest.split(".")
     if any("norm" in word for word in words):
         return "norms"
-    return next((LANGUAGE[word] for word in words if word in LANGUAGE), "language")
+    return next((LANGUAGE[word] for word in reversed(words) if word in LANGUAGE), "language")

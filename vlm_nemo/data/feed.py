@@ -10,8 +10,9 @@ With several context ranks the table is that of each, all of whose ranks have th
 Loader and hands all of it to the first ranks of the others.
 
 The account is what every rank books (the step's counts and drops, the loader's state); positions stands for positions,
-segment bounds and the images' places, which attention may need everywhere. On the wire: JSON, then safetensors. An
-error of the reader goes the same way, so that all ranks of the replica raise it and none waits for ever.
+segment bounds, how many labels each segment has and the images' places, which layers may need everywhere. On the wire:
+JSON, then safetensors. An error of the reader goes the same way, so that all ranks of the replica raise it and none
+waits for ever.
 
 All of it runs in the caller's thread, between two steps, so it shares the groups' order with the model's collectives.
 """
@@ -38,7 +39,8 @@ from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch, UserError
 NO_TOKEN = -1
 """Stands for every token where none are needed: it is no placeholder and no word."""
 _PIXELS = "images.patches"
-_EVERYWHERE = ("positions", "cu_seqlens", *(f"images.{f.name}" for f in fields(Images) if f.name != "patches"))
+_COUNTS = "segment_labels"
+_EVERYWHERE = ("positions", "cu_seqlens", _COUNTS, *(f"images.{f.name}" for f in fields(Images) if f.name != "patches"))
 _FIRST = ("tokens", _PIXELS, "features")
 _LAST = ("labels",)
 
@@ -154,6 +156,7 @@ def _account(data: StepData) -> dict[str, Any]:
 def _parts(data: StepData) -> dict[str, Tensor]:
     names = (*_EVERYWHERE, *_FIRST, *_LAST)
     found = {f"{i}.{name}": attrgetter(name)(batch) for i, batch in enumerate(data.batches) for name in names}
+    found |= {f"{i}.{_COUNTS}": batch.supervised_by_segment() for i, batch in enumerate(data.batches)}
     return {name: part for name, part in found.items() if part is not None}  # most rows have no shares, no features
 
 
@@ -169,6 +172,7 @@ def _rebuild(account: dict[str, Any], parts: dict[str, Tensor]) -> StepData:
                 positions=parts[f"{i}.positions"],
                 cu_seqlens=parts[f"{i}.cu_seqlens"],
                 features=parts.get(f"{i}.features"),
+                segment_labels=parts[f"{i}.segment_labels"],
                 images=Images(
                     patches=parts.get(f"{i}.{_PIXELS}", torch.empty(0, 0, dtype=torch.uint8)),
                     **{name.removeprefix("images."): parts.get(f"{i}.{name}") for name in _EVERYWHERE if "." in name},

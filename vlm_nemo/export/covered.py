@@ -47,6 +47,7 @@ COVERED: dict[str, tuple[Any, ...]] = {
     "language.mrope_section": ([],),
     "language.embedding_scale": (1.0,),
     "language.cross_attention_layers": ([],),
+    "language.moe.experts": (None,),
 }
 """Key under `model` -> the values that the graphs are written for."""
 

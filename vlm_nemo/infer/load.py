@@ -106,10 +106,12 @@ def form_of(path: str | Path) -> str | None:
 def inference_layout(parallel: ParallelConfig) -> ParallelConfig:
     """The same ranks, without what only training needs or can do; any checkpoint loads at any layout.
 
-    Context ranks, which share a row, become replicas, which share the prompts.
+    Context ranks, which share a row, become replicas, which share the prompts, and each replica holds all experts.
     """
-    alone = replace(parallel, virtual=1, layers=[], context=1)
-    return replace(alone, sequence=False, recompute="none", distributed_optimizer=False)
+    alone = replace(parallel, virtual=1, layers=[], context=1, expert=1, sequence=False, distributed_optimizer=False)
+    return replace(
+        alone, recompute="none", recompute_vision="none", overlap_grad_reduce=False, overlap_param_gather=False
+    )
 
 
 def _open_checkpoint(path: str, infer: InferConfig, parallel: ParallelConfig, precision: str) -> LoadedModel:

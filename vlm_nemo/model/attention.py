@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vlm_nemo.model.cache import CachedStep, attend_to_cache
 from vlm_nemo.model.context import Keys, gather_keys
+from vlm_nemo.model.kernels import flash_attention, flash_varlen
 from vlm_nemo.model.sdpa import block_attention, repeat_kv, segment_attention, tail_attention
 from vlm_nemo.model.segments import Reach, Segments
 
@@ -104,7 +105,7 @@ def packed_attention(
 def _takes_varlen(q: Tensor, segments: Segments, window: int | None) -> bool:
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
-    return half and not dense and (window is None or _varlen_has("window_size"))
+    return half and not dense and (window is None or flash_attention() is not None or _varlen_has("window_size"))
 
 
 def context_attention(
@@ -157,8 +158,13 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None = None
 ) -> Tensor:
-    """The same through torch's variable-length kernel (CUDA, half precision). q: [T, heads, d] -> the same; keys and
-    values [K, kv_heads, d], of which each segment has as many as queries or, before those, more."""
+    """The same through a variable-length kernel (CUDA, half precision): FlashAttention's where it is installed, else
+    torch's. q: [T, heads, d] -> the same; keys and values [K, kv_heads, d], of which each segment has as many as
+    queries or, before those, more."""
+    # Where there are more keys than queries, causal is counted from their ends
+    ends = (segments.cu_seqlens_q, segments.cu_seqlens_kv, segments.max_seqlen_q, segments.max_seqlen_kv)
+    if (flash := flash_attention()) is not None:
+        return flash_varlen(flash, q, k, v, ends, causal=segments.causal, scale=scale, window=window)
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
@@ -174,8 +180,6 @@ def varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = repeat_kv(q, k, v)
-    # Where there are more keys than queries, causal is counted from their ends
-    ends = (segments.cu_seqlens_q, segments.cu_seqlens_kv, segments.max_seqlen_q, segments.max_seqlen_kv)
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), *ends, **options)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_nemo.data.layout.spec import view_tokens
+from vlm_nemo.model.balance import Balance, make_balance
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.context import cut_segments
@@ -114,6 +115,14 @@ def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Loo
     return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist(), features_of(images, cfg))
 
 
+def balance_of(row: PackedBatch, cfg: ModelConfig) -> Balance | None:
+    """How much each token counts in the losses of experts' use; None where there are none."""
+    moe = cfg.language.moe
+    if moe.experts is None or not (moe.aux_loss or moe.z_loss):
+        return None
+    return make_balance(row.cu_seqlens, row.supervised_by_segment())
+
+
 def looked(row: PackedBatch, cfg: ModelConfig) -> list[tuple[int, int]]:
     """So many tokens look at so many features, in each layer of the decoder that looks at images."""
     looks = looks_of(row.images, row.cu_seqlens.tolist(), cfg)
@@ -161,13 +170,16 @@ def model_batch(
     segments.looks = looks_of(images, row.cu_seqlens.tolist(), cfg)
     tokens, labels, positions = row.tokens, row.labels, row.positions
     slots, sources, shares = images.slots, rows_of(images.sources, embeddings), images.shares
+    balance = balance_of(row, cfg)
     rank, ranks = context
     if ranks > 1:
         held, segments = cut_segments(segments, ranks, rank)
+        balance = None if balance is None else balance.moved(lambda x: x[held])
         tokens, labels, positions = tokens[held], labels[held], positions[:, held]
         if segments.looks is None:
             slots, there = cut_slots(slots, held, len(row.tokens))
             sources, shares = sources[there], None if shares is None else shares[there]
+    segments.balance = balance
     targets = targets_of(labels)
 
     def move(x: Tensor) -> Tensor:

@@ -34,10 +34,12 @@ def build_model(
 def mark_split(parameters: Iterable[LocalParameter]) -> None:
     """Tell megatron which parameters the tensor group splits, so that the gradient norm counts the others once.
 
-    megatron does this inside its own initialisation, which init.py replaces.
+    megatron does this inside its own initialisation, which init.py replaces. Experts that are spread over ranks are
+    others on every rank of the group that their norm is summed over.
     """
     for local in parameters:
         box = local.boxes[0]
         held = sum(b.numel for b in local.boxes)
         split = held != int(torch.Size(box.global_shape).numel())
-        local.parameter.tensor_model_parallel = split
+        spread = not getattr(local.parameter, "allreduce", True)  # megatron's mark of such experts
+        local.parameter.tensor_model_parallel = split or spread

@@ -165,8 +165,39 @@ class RopeScaling:
 
 
 @dataclass(kw_only=True)
+class MoeConfig:
+    """Experts in place of a layer's MLP (`vlm_nemo.model.experts`): every token goes to top_k of them."""
+
+    experts: int | None = None
+    """Experts of a sparse layer; divisible by parallel.expert; null = the model is dense."""
+    top_k: int = 2
+    """Experts that a token goes to."""
+    norm_top_k: bool = True
+    """The chosen experts' weights sum to one: softmax over the chosen (Mixtral, Qwen3-MoE), or over all (Qwen2-MoE)."""
+    ffn_hidden_size: int | None = None
+    """Width inside an expert; null = language.ffn_hidden_size (Mixtral)."""
+    shared_ffn_hidden_size: int | None = None
+    """Width of one more expert, which every token goes to (Qwen2-MoE); null = there is none."""
+    shared_gate: bool = False
+    """What that one gives is multiplied by a learned gate between 0 and 1 (Qwen2-MoE)."""
+    every: int = 1
+    """Every how manieth layer is sparse: with 2 the second, the fourth, …; the others have an MLP."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Further layers, counted from 0, that have an MLP."""
+    aux_loss: float = 0.0
+    """Weight of the loss that keeps experts evenly used, a sample and sparse layer at a time; 0 = none. transformers'
+    router_aux_loss_coef counts each of the top_k: 0.02 there is 0.02 x top_k here."""
+    z_loss: float = 0.0
+    """Weight of the loss that keeps the router's scores small; 0 = none."""
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return self.experts is not None and (layer + 1) % self.every == 0 and layer not in self.dense_layers
+
+
+@dataclass(kw_only=True)
 class LanguageConfig:
-    """A decoder (`vlm_nemo.model.language`): Llama's by default; the switches make Mistral, Qwen, Gemma 3 of it."""
+    """A decoder (`vlm_nemo.model.language`): Llama's by default; the switches make Mistral, Mixtral, Qwen, Gemma 3."""
 
     vocab_size: int = 32064
     """Rows of embedding and head; at least the tokenizer's size, divisible by parallel.tensor."""
@@ -216,6 +247,8 @@ class LanguageConfig:
     """Token embeddings (not images') are multiplied by it (Gemma: sqrt(hidden_size))."""
     cross_attention_layers: list[int] = field(default_factory=list)
     """Layers, counted from 0, that look at the image instead of at the text (Llama 3.2 Vision)."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    """Experts in place of MLPs."""
     tied_embeddings: bool = False
     """Share the embedding's weights with the output layer."""
     max_positions: int = 4096
@@ -236,5 +269,10 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     init_std: float = 0.02
     """Standard deviation of fresh weight matrices."""
+    kernels: str = field(default="auto", metadata={"choices": ("auto", "plain", "te")})
+    """Layers and norms of decoder and tower: plain = megatron-core's and torch's; te = TransformerEngine's; auto = te
+    where it is installed and a GPU is there. Checkpoints are the same."""
+    fp8: str = field(default="none", metadata={"choices": ("none", "hybrid", "e4m3")})
+    """Matrix products of the decoder in FP8, with TransformerEngine's layers: hybrid = e4m3 forward, e5m2 backward."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Any other field of megatron-core's TransformerConfig, checked by name, for the language model."""

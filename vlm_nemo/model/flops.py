@@ -1,10 +1,11 @@
 """Floating-point operations that a step needs, for an honest MFU.
 
-Counted: matrix products over real tokens and patches. Not counted: padding, blank stand-ins, tiles that only fill an
-image up, recomputation, attention across samples, what an image's tokens see of those behind them, gradients of frozen
-weights, the head where no label is. A matrix product of P parameters over T tokens is 2 P T forward; backward adds 2 P
-T for the input's gradient where something upstream learns, and 2 P T for the weights' where they learn. Causal
-attention of a sample of s tokens is 2 s^2 d a layer forward (half of the full square), twice that backward.
+Counted: matrix products over real tokens and patches, of experts those that a token goes to. Not counted: padding,
+blank stand-ins, tiles that only fill an image up, recomputation, attention across samples, what an image's tokens see
+of those behind them, gradients of frozen weights, the head where no label is. A matrix product of P parameters over T
+tokens is 2 P T forward; backward adds 2 P T for the input's gradient where something upstream learns, and 2 P T for the
+weights' where they learn. Causal attention of a sample of s tokens is 2 s^2 d a layer forward (half of the full
+square), twice that backward.
 """
 
 from __future__ import annotations
@@ -83,10 +84,10 @@ def layer_flops(
     """
     backward_through = any(trained.values())
     if layer in lang.cross_attention_layers:
-        work = _looking(lang, looked, features)
+        work = _looking(lang, layer, looked, features)
         seen: float = sum(tokens * those for tokens, those in looked)
     else:
-        work = decoder_layer(lang) * sum(lengths)
+        work = decoder_layer(lang, layer) * sum(lengths)
         seen = sum(_seen(lang, layer, n) for n in lengths)
     linear = 2 * work * (1 + backward_through + trained["language"])
     return linear + 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
@@ -100,16 +101,21 @@ def view_flops(cfg: ModelConfig, grid: Grid, tiles: int = 1) -> float:
     return float(sum(_tower(cfg.vision, grids, [tiles])) + projector)
 
 
-def decoder_layer(lang: LanguageConfig) -> int:
-    """Parameters in the matrices of one layer."""
+def decoder_layer(lang: LanguageConfig, layer: int) -> int:
+    """Parameters in the matrices of one layer that a token meets: of experts, those that it goes to."""
     attention = lang.hidden_size * _head_dim(lang) * (2 * lang.num_heads + 2 * lang.num_kv_heads)
-    return attention + 3 * lang.hidden_size * lang.ffn_hidden_size
+    moe = lang.moe
+    if moe.experts is None or not moe.sparse(layer):
+        return attention + 3 * lang.hidden_size * lang.ffn_hidden_size
+    inside = moe.top_k * (moe.ffn_hidden_size or lang.ffn_hidden_size) + (moe.shared_ffn_hidden_size or 0)
+    gate = moe.experts + (moe.shared_ffn_hidden_size is not None and moe.shared_gate)
+    return attention + lang.hidden_size * (3 * inside + gate)
 
 
-def _looking(lang: LanguageConfig, looked: Sequence[tuple[int, int]], features: int) -> int:
+def _looking(lang: LanguageConfig, layer: int, looked: Sequence[tuple[int, int]], features: int) -> int:
     """Parameters times rows in the matrices of a layer that looks at images: the text's, then the features'."""
     keys = 2 * lang.hidden_size * _head_dim(lang) * lang.num_kv_heads
-    return (decoder_layer(lang) - keys) * sum(tokens for tokens, _ in looked) + keys * features
+    return (decoder_layer(lang, layer) - keys) * sum(tokens for tokens, _ in looked) + keys * features
 
 
 def _head_dim(lang: LanguageConfig) -> int:

@@ -1,6 +1,6 @@
 """The language model: megatron-core's GPTModel with our attention, norms and rotary positions.
 
-Llama by default; the switches of LanguageConfig make Mistral, Qwen 2 and 3, Gemma 3 of it.
+Llama by default; the switches of LanguageConfig make Mistral, Mixtral, Qwen 2 and 3, Gemma 3 of it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from torch import Tensor
 from vlm_nemo.model.cache import CachedStep
 from vlm_nemo.model.config import LanguageConfig
 from vlm_nemo.model.cross_attention import looking_layer
+from vlm_nemo.model.experts import expect, experts_config, sparse_layer
 from vlm_nemo.model.head import Head, Targets
+from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.rope import Rotary
+from vlm_nemo.model.segments import Segments
 from vlm_nemo.model.stages import chunk_layers, layout
 from vlm_nemo.model.transformer import ACTIVATIONS, block_spec, transformer_config
 from vlm_nemo.runtime.config import ParallelConfig
 
 
 class DecoderLayer(TransformerLayer):
-    """A layer that takes its angles from the table of its kind (global or local) and, with sandwich, norms what
-    attention and MLP give before it is added (Gemma 3)."""
+    """A layer that takes its angles from the table of its kind (global or local), tells its experts which samples the
+    row holds, and, with sandwich, norms what attention and MLP give before it is added (Gemma 3)."""
 
     def __init__(self, *given: Any, sandwich: bool, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -41,6 +44,10 @@ class DecoderLayer(TransformerLayer):
         if sandwich:
             self.post_attention_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
             self.post_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *given: Any, packed_seq_params: Any, **named: Any) -> Any:
+        expect(self.mlp, packed_seq_params.balance if isinstance(packed_seq_params, Segments) else None)
+        return super().forward(*given, packed_seq_params=packed_seq_params, **named)
 
     def _forward_attention(self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, **given: Any) -> tuple[Tensor, Any]:
         if rotary_pos_emb.dim() == 5:
@@ -103,7 +110,12 @@ class Decoder(GPTModel):
 
 
 def language_config(
-    cfg: LanguageConfig, parallel: ParallelConfig, dtype: torch.dtype, extra: Mapping[str, Any]
+    cfg: LanguageConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    extra: Mapping[str, Any],
+    kernels: Kernels = PLAIN,
+    fp8: str = "none",
 ) -> TransformerConfig:
     """megatron's config of the decoder."""
     cut = layout(chunk_layers(cfg.num_layers, parallel)) if parallel.pipeline > 1 else None
@@ -112,6 +124,8 @@ def language_config(
         dtype,
         pipelined=True,
         recompute=parallel.recompute,
+        kernels=kernels,
+        fp8=None if fp8 == "none" else fp8,
         extra=extra,
         num_layers=cfg.num_layers,
         pipeline_model_parallel_layout=cut,
@@ -136,27 +150,37 @@ def language_config(
         mrope_section=list(cfg.mrope_section),
         # Features travel behind the hidden states, as many as a row has; megatron asks for alltoall then
         variable_seq_lengths=bool(cfg.cross_attention_layers) and parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="alltoall" if cfg.moe.experts is None else "allgather",
+        **experts_config(cfg, parallel),
     )
 
 
 def language_model(
-    cfg: LanguageConfig, config: TransformerConfig, *, first: bool, last: bool, vp_stage: int | None
+    cfg: LanguageConfig,
+    config: TransformerConfig,
+    *,
+    first: bool,
+    last: bool,
+    vp_stage: int | None,
+    kernels: Kernels = PLAIN,
 ) -> Decoder:
     """One pipeline stage (or virtual chunk) of the decoder. first holds the embedding, last the head."""
     here = get_num_layers_to_build(config, vp_stage=vp_stage)
-    plain = not cfg.sandwich_norm and cfg.rope_local_base is None
+    plain = not cfg.sandwich_norm and cfg.rope_local_base is None and cfg.moe.experts is None
     layers = block_spec(
         here,
         AttnMaskType.causal,
         module=TransformerLayer if plain else DecoderLayer,
         params={} if plain else {"sandwich": cfg.sandwich_norm},
         head_norm=cfg.qk_norm,
+        kernels=kernels,
     )
     before = get_transformer_layer_offset(config, vp_stage)
     for n in range(here):
         if before + n in cfg.cross_attention_layers:
             layers.layer_specs[n] = looking_layer()
+        elif cfg.moe.sparse(before + n):
+            layers.layer_specs[n] = sparse_layer(layers.layer_specs[n])
     return Decoder(
         cfg,
         config,

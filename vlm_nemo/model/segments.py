@@ -26,6 +26,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vlm_nemo.model.balance import Balance
 from vlm_nemo.model.looks import Looks
 
 
@@ -74,6 +75,8 @@ class Segments(PackedSeqParams):
     """Who attends to which image, in the layers that look at images"""
     reach: Reach | None = None
     """Of a context rank's part of a row, whose rectangles then hold what is behind the tails; None: the whole row"""
+    balance: Balance | None = None
+    """How much each token counts in the losses of experts' use; None: there are none"""
     masks: dict[tuple[int, int, int, int, bool], Tensor] = field(default_factory=dict)
     """Made by `stripe_mask` when first asked for, and shared by all layers"""
 
@@ -111,6 +114,7 @@ class Segments(PackedSeqParams):
             moved.cells, moved.cell_of_token = move(self.cells), move(self.cell_of_token)
         moved.windows = self.windows.moved(move) if self.windows is not None else None
         moved.looks = self.looks.moved(move) if self.looks is not None else None
+        moved.balance = self.balance.moved(move) if self.balance is not None else None
         return moved
 
 

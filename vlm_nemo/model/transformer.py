@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -12,8 +11,6 @@ import torch
 from megatron.core import activations
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
@@ -28,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
+from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.mlp import SwiGLU, fits
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.runtime import device, groups
@@ -54,6 +52,7 @@ def transformer_config(
     *,
     pipelined: bool,
     recompute: str = "none",
+    kernels: Kernels = PLAIN,
     extra: Mapping[str, Any] | None = None,
     **sizes: Any,
 ) -> TransformerConfig:
@@ -82,8 +81,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # These fusions need apex or TransformerEngine, or gain nothing on CPU.
-        gradient_accumulation_fusion=False,
+        # These fusions need apex or TransformerEngine (kernels.py), or gain nothing on CPU.
+        gradient_accumulation_fusion=kernels.fused_gradients,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         apply_rope_fusion=False,
@@ -108,9 +107,7 @@ def transformer_config(
             raise UserError(f"model.megatron.{name} is not a field of megatron-core's TransformerConfig")
         if name in decided:
             raise UserError(f"model.megatron.{name} is decided by another key of the recipe; set that one instead")
-    with warnings.catch_warnings():  # one that asks whether selective is meant where attention is fused
-        warnings.filterwarnings("ignore", ".*core_attn", UserWarning)
-        return TransformerConfig(**decided, **(extra or {}))
+    return TransformerConfig(**decided, **(extra or {}))
 
 
 def block_spec(
@@ -120,6 +117,7 @@ def block_spec(
     module: type[TransformerLayer] = TransformerLayer,
     params: Mapping[str, Any] | None = None,
     head_norm: bool = False,
+    kernels: Kernels = PLAIN,
 ) -> TransformerBlockSubmodules:
     """Pre-norm layers: norm, attention, residual, norm, MLP, residual. num_layers is this stage's own number.
 
@@ -131,30 +129,30 @@ def block_spec(
         module=module,
         params=dict(params or {}),
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=kernels.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=kernels.column,
                     core_attention=CoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=kernels.row,
                     q_layernorm=norm,
                     k_layernorm=norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_spec()),
+            pre_mlp_layernorm=kernels.norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_spec(kernels)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=kernels.norm)
 
 
-def mlp_spec() -> MLPSubmodules:
+def mlp_spec(kernels: Kernels = PLAIN) -> MLPSubmodules:
     """Column-parallel then row-parallel: one all-reduce over the tensor group."""
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
+    return MLPSubmodules(linear_fc1=kernels.column, linear_fc2=kernels.row, activation_func=SwiGLU)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

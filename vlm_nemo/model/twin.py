@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from vlm_nemo.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from vlm_nemo.model.config import LanguageConfig, ModelConfig, MoeConfig, ProjectorConfig, VisionConfig
 
 VOCABULARY = 384
 VISUAL_WORDS = 48
@@ -43,6 +43,8 @@ def twin(cfg: ModelConfig) -> ModelConfig:
         projector=projector,
         language=language,
         init_std=0.1,
+        kernels="plain",
+        fp8="none",
         megatron=dict(cfg.megatron),
     )
 
@@ -102,7 +104,21 @@ def _language(c: LanguageConfig) -> LanguageConfig:
         mrope_section=sections,
         embedding_scale=1.0 if c.embedding_scale == 1.0 else math.sqrt(width),
         cross_attention_layers=[1, 3] if c.cross_attention_layers else [],
+        moe=_moe(c.moe),
         max_positions=512,
+    )
+
+
+def _moe(m: MoeConfig) -> MoeConfig:
+    """Four experts, of which a token meets two (or one), so that two and four ranks can share them."""
+    return replace(
+        m,
+        experts=None if m.experts is None else 4,
+        top_k=min(m.top_k, 2),
+        ffn_hidden_size=None if m.ffn_hidden_size is None else 24,
+        shared_ffn_hidden_size=None if m.shared_ffn_hidden_size is None else 32,
+        every=min(m.every, 2),
+        dense_layers=[0] if m.dense_layers else [],
     )
 
 

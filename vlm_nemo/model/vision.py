@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_nemo.model.config import VisionConfig
+from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.segments import Segments
 from vlm_nemo.model.tiles import TileRows, Tiling
@@ -42,11 +43,14 @@ def layers_used(cfg: VisionConfig) -> int:
 class VisionTower(MegatronModule):
     """Views of P patches -> [N, D]. Split over `groups.vision_group()`; never over pipeline stages."""
 
-    def __init__(self, cfg: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, cfg: VisionConfig, parallel: ParallelConfig, dtype: torch.dtype, kernels: Kernels = PLAIN
+    ) -> None:
         check(cfg, parallel)
         width, layers = cfg.hidden_size, layers_used(cfg)
         sizes: dict[str, Any] = dict(
             recompute=parallel.recompute_vision,
+            kernels=kernels,
             hidden_size=width,
             num_attention_heads=cfg.num_heads,
             ffn_hidden_size=cfg.ffn_hidden_size,
@@ -83,13 +87,14 @@ class VisionTower(MegatronModule):
         self.pre_norm = Norm(config, width, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         pgs = ProcessGroupCollection.use_mpu_process_groups()
         pgs.tp = groups.vision_group()
-        self.blocks = TransformerBlock(config, tower_spec(cfg, layers), post_layer_norm=False, pg_collection=pgs)
+        spec = tower_spec(cfg, layers, kernels)
+        self.blocks = TransformerBlock(config, spec, post_layer_norm=False, pg_collection=pgs)
         self.post_norm = Norm(config, width, cfg.norm_eps) if cfg.post_norm else nn.Identity()
         self.tiling = Tiling(cfg, config, places) if cfg.tiles is not None else None
         self.global_blocks = None
         if cfg.global_layers:
             further = transformer_config(parallel, dtype, pipelined=False, num_layers=cfg.global_layers, **sizes)
-            spec = tower_spec(cfg, cfg.global_layers, gated=True)
+            spec = tower_spec(cfg, cfg.global_layers, kernels, gated=True)
             self.global_blocks = TransformerBlock(further, spec, post_layer_norm=False, pg_collection=pgs)
         self.register_buffer("mean", torch.tensor(cfg.mean) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std) * 255, persistent=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
@@ -21,20 +21,25 @@ from torch import Tensor, nn
 from vlm_nemo.model.attention import CoreAttention
 from vlm_nemo.model.boxes import split_rows
 from vlm_nemo.model.config import VisionConfig
-from vlm_nemo.model.norm import Norm
+from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.segments import Segments
 from vlm_nemo.model.tiles import TileAttention, TileRows
 from vlm_nemo.model.transformer import mlp_spec, sum_over_ranks
 from vlm_nemo.runtime import groups
 
 
-def tower_spec(cfg: VisionConfig, num_layers: int, *, gated: bool = False) -> TransformerBlockSubmodules:
+def tower_spec(
+    cfg: VisionConfig, num_layers: int, kernels: Kernels = PLAIN, *, gated: bool = False
+) -> TransformerBlockSubmodules:
     """Pre-norm layers: norm, attention, residual, norm, MLP, residual. gated: what is added is times a learned gate."""
+    if cfg.bias and not (cfg.qkv_bias and cfg.output_bias):
+        # its layer takes a bias away from a linear that was built with one
+        kernels = replace(PLAIN, fused_gradients=kernels.fused_gradients)
     layer = ModuleSpec(
         module=TowerLayer,
         params={"layer_scale": cfg.layer_scale is not None, "gated": gated},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=kernels.norm,
             self_attention=ModuleSpec(
                 module=TowerSelfAttention,
                 params={
@@ -44,18 +49,18 @@ def tower_spec(cfg: VisionConfig, num_layers: int, *, gated: bool = False) -> Tr
                     "qk_norm": cfg.qk_norm,
                 },
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=kernels.column,
                     core_attention=CoreAttention if cfg.tiles is None else TileAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=kernels.row,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_spec()),
+            pre_mlp_layernorm=kernels.norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_spec(kernels)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=kernels.norm)
 
 
 class TowerLayer(TransformerLayer):

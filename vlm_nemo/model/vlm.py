@@ -17,6 +17,7 @@ from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.boxes import mark_shared
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.head import Targets
+from vlm_nemo.model.kernels import choose
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.projector.build import build_projector
 from vlm_nemo.model.share import Place, Share, gathered
@@ -38,7 +39,8 @@ class VLM(MegatronModule):
         self, cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, vp_stage: int | None = None
     ) -> None:
         check_looks(cfg)
-        config = language_config(cfg.language, parallel, dtype, cfg.megatron)
+        kernels = choose(cfg.kernels, cfg.fp8)
+        config = language_config(cfg.language, parallel, dtype, cfg.megatron, kernels, cfg.fp8)
         super().__init__(config=config)
         self.looks = bool(cfg.language.cross_attention_layers)
         self._received: Tensor | None = None
@@ -54,13 +56,13 @@ class VLM(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = cfg.language.tied_embeddings
         if self.pre_process:
-            self.vision = VisionTower(cfg.vision, vision_layout(parallel), dtype)
+            self.vision = VisionTower(cfg.vision, vision_layout(parallel), dtype, kernels)
             self.projector = build_projector(cfg, vision_layout(parallel), dtype)
             if vision_alone(parallel):
                 mark_shared(self.vision)
                 mark_shared(self.projector)
         self.language = language_model(
-            cfg.language, config, first=self.pre_process, last=self.post_process, vp_stage=vp_stage
+            cfg.language, config, first=self.pre_process, last=self.post_process, vp_stage=vp_stage, kernels=kernels
         )
 
     def forward(self, batch: ModelBatch, *, gather_logits: bool = False, image_rows: Tensor | None = None) -> Tensor:

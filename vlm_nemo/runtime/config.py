@@ -24,6 +24,9 @@ class ParallelConfig:
     context: int = 1
     """Ranks that share each row along its length, for rows too long for one rank: each does its own tokens, with keys
     and values of all. Cuts data.pack.capacity into twice as many chunks. Where a model answers, they are replicas."""
+    expert: int = 1
+    """Ranks that the experts of a layer are spread over, whole ones: of tensor x context x data. With 1 every expert is
+    cut over the tensor ranks, as an MLP is."""
     sequence: bool = False
     """Sequence parallelism: shard norms and dropout over the tensor group; needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -38,3 +41,8 @@ class ParallelConfig:
     and the MLP, which hold more than half of it; full = whole layers."""
     recompute_vision: str = field(default="none", metadata={"choices": ("none", "full")})
     """The same of the vision tower's layers, where it trains; frozen it keeps nothing anyway."""
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that share one expert's matrices."""
+        return 1 if self.expert > 1 else self.tensor

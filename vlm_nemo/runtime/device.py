@@ -29,6 +29,11 @@ def on_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def capability() -> int:
+    """The GPU's generation by CUDA's count: 9 = Hopper (H100, H200)."""
+    return torch.cuda.get_device_capability()[0]
+
+
 def device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else _CPU

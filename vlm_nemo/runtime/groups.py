@@ -39,6 +39,9 @@ class Ranks:
     pipeline_rank: int
     data: int
     data_rank: int
+    expert: int = 1
+    """Ranks that the experts of a layer are spread over; they need not see the same data."""
+    expert_rank: int = 0
 
     @property
     def first_stage(self) -> bool:
@@ -104,6 +107,8 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,
     )
     _alone = None
@@ -121,6 +126,8 @@ def lay_out(parallel: ParallelConfig, seed: int) -> Ranks:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert=parallel.expert,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
     )
 
 
@@ -224,6 +231,13 @@ def tensor_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def experts_group() -> dist.ProcessGroup:
+    """Ranks that hand one another their tokens for the experts of a layer."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_expert_tensor_and_model_parallel_group()
 
 
 def vision_group() -> dist.ProcessGroup:

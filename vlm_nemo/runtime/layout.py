@@ -32,11 +32,14 @@ def check_layout(
     if model is not None:
         _check_heads(model)
         _check_positions(model.language)
+        _check_experts(parallel, model.language, world_size)
         _check_tensor(parallel, model)
         _check_pipeline(parallel, model)
     _check_world(parallel, world_size, global_packs, micro_packs)
     if capacity is not None:
         _check_row(parallel, capacity, micro_packs)
+        if model is not None:
+            _check_fp8(parallel, model, capacity * micro_packs)
 
 
 def _check_row(parallel: ParallelConfig, capacity: int, micro_packs: int) -> None:
@@ -56,7 +59,7 @@ def _check_row(parallel: ParallelConfig, capacity: int, micro_packs: int) -> Non
 
 
 def _check_sizes(parallel: ParallelConfig) -> None:
-    for name in ("tensor", "pipeline", "virtual", "context"):
+    for name in ("tensor", "pipeline", "virtual", "context", "expert"):
         if (size := getattr(parallel, name)) < 1:
             raise UserError(f"parallel.{name}={size}: the smallest is 1")
     if parallel.sequence and parallel.tensor == 1:
@@ -66,6 +69,16 @@ def _check_sizes(parallel: ParallelConfig) -> None:
     for name in ("distributed_optimizer", "overlap_grad_reduce"):
         if parallel.overlap_param_gather and not getattr(parallel, name):
             raise UserError(f"parallel.overlap_param_gather=true needs parallel.{name}=true; set that too")
+
+
+def _check_fp8(parallel: ParallelConfig, model: ModelConfig, tokens: int) -> None:
+    """FP8's matrix products take multiples of 16 tokens."""
+    ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if model.fp8 != "none" and tokens % (16 * ranks):
+        raise UserError(
+            f"model.fp8={model.fp8} multiplies blocks of 16 tokens, but a micro-batch has {tokens} on {ranks} ranks; "
+            f"make data.pack.capacity a multiple of {16 * ranks}"
+        )
 
 
 def vision_alone(parallel: ParallelConfig) -> bool:
@@ -145,6 +158,46 @@ def _check_positions(language: LanguageConfig) -> None:
         )
 
 
+def _check_experts(parallel: ParallelConfig, language: LanguageConfig, world_size: int) -> None:
+    """Experts must be enough for what a token goes to, and spread evenly over ranks that there are."""
+    moe, ranks = language.moe, parallel.expert
+    if moe.experts is None:
+        if ranks > 1:
+            raise UserError(
+                f"parallel.expert={ranks} spreads experts, and this model has none (model.language.moe.experts=null); "
+                "set parallel.expert=1"
+            )
+        return
+    if not 1 <= moe.top_k <= moe.experts:
+        raise UserError(
+            f"model.language.moe.top_k={moe.top_k} is not between 1 and model.language.moe.experts={moe.experts}"
+        )
+    if moe.top_k == 1 and moe.norm_top_k:
+        raise UserError(
+            "model.language.moe.norm_top_k=true gives the one expert of model.language.moe.top_k=1 the weight 1, so "
+            "that the router never learns; set norm_top_k to false"
+        )
+    if moe.every < 1:
+        raise UserError(f"model.language.moe.every={moe.every}: the smallest is 1")
+    if language.cross_attention_layers:
+        raise UserError(
+            f"model.language.cross_attention_layers={list(language.cross_attention_layers)} and "
+            f"model.language.moe.experts={moe.experts} do not go together; empty the one or set the other to null"
+        )
+    if moe.experts % ranks:
+        fits = " or ".join(str(n) for n in range(1, moe.experts + 1) if moe.experts % n == 0)
+        raise UserError(
+            f"parallel.expert={ranks} does not divide model.language.moe.experts={moe.experts}; this model takes "
+            f"parallel.expert={fits}"
+        )
+    stage = world_size // parallel.pipeline
+    if stage % ranks:
+        raise UserError(
+            f"parallel.expert={ranks} takes its ranks from the {stage} of tensor x context x data, which it does not "
+            f"divide; start a multiple of {ranks * parallel.pipeline} ranks or lower parallel.expert"
+        )
+
+
 def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
     """Every dimension that tensor parallelism cuts must be a multiple of it.
 
@@ -156,6 +209,11 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
         "model.language.vocab_size": language.vocab_size,
     }
+    moe = language.moe
+    if moe.experts is not None and moe.ffn_hidden_size is not None and parallel.expert == 1:
+        cut["model.language.moe.ffn_hidden_size"] = moe.ffn_hidden_size
+    if moe.experts is not None and moe.shared_ffn_hidden_size is not None:
+        cut["model.language.moe.shared_ffn_hidden_size"] = moe.shared_ffn_hidden_size
     if not vision_alone(parallel):
         cut["model.vision.num_heads"] = model.vision.num_heads
         cut["model.vision.ffn_hidden_size"] = model.vision.ffn_hidden_size

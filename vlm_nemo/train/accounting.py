@@ -69,14 +69,16 @@ class Accounting:
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
             told = [tokens, samples, supervised, flops.total, len(data.local_drops)]
-        loss_sum, loss_tokens, tokens, samples, supervised_all, work, lost, stops = groups.sum_over(
-            [result.loss_sum * tells_loss, result.loss_tokens * tells_loss, *told, stop]
+        loss_sum, loss_tokens, tokens, samples, supervised_all, work, lost, balance, z, stops = groups.sum_over(
+            [result.loss_sum * tells_loss, result.loss_tokens * tells_loss, *told, *result.router_losses, stop]
         )
         self._count(data, int(lost))
         peak = self.trainer_cfg.peak_tflops if device.on_cuda() else None
         metrics = StepMetrics(
             step=step,
             loss=loss_sum / loss_tokens if loss_tokens else math.nan,
+            balance_loss=self._by_layer(balance, loss_tokens),
+            router_z_loss=self._by_layer(z, loss_tokens),
             grad_norm=result.grad_norm,
             lr=factor * max(rate for rate in rates.values() if rate is not None),
             supervised_tokens=int(supervised_all),
@@ -91,6 +93,11 @@ class Accounting:
             skipped=int(not result.applied),
         )
         return metrics, stops > 0
+
+    def _by_layer(self, total: float, tokens: float) -> float | None:
+        """The mean of a router's loss over supervised tokens and sparse layers; where there is one it is never 0."""
+        lang = self.model_cfg.language
+        return total / (tokens * sum(lang.moe.sparse(n) for n in range(lang.num_layers))) if total else None
 
     def _count(self, data: StepData, lost: int) -> None:
         """Enter the step into the ledger. Drops found while reading are known to one replica each: share them."""

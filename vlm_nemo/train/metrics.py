@@ -23,6 +23,11 @@ class StepMetrics:
     step: int
     loss: float
     """Mean over the supervised tokens of the global batch."""
+    balance_loss: float | None
+    """How unevenly experts are used, 1 = alike, mean over supervised tokens and sparse layers; not in `loss`, and
+    without its weight language.moe.aux_loss; null where there is no such loss."""
+    router_z_loss: float | None
+    """The same of the router's scores (language.moe.z_loss)."""
     grad_norm: float
     """Before clipping."""
     lr: float

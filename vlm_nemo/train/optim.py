@@ -165,7 +165,8 @@ def update(optimizer: MegatronOptimizer, norm: float, clip: float) -> bool:
         return False
     scale = clip / (norm + 1e-6)
     if clip > 0 and scale < 1:
-        gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+        parameters = [p for inner in _inner(optimizer) for p in inner.get_parameters()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, scale)
     optimizer.step_with_ready_grads()

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from vlm_nemo.model.batch import ModelBatch
+from vlm_nemo.model.experts import take_losses
 from vlm_nemo.train.optim import gradient_norm, update
 
 
@@ -46,6 +47,9 @@ class StepResult:
     loss_tokens: float
     grad_norm: float
     applied: bool
+    router_losses: tuple[float, float] = (0.0, 0.0)
+    """Balance and z loss (model/balance.py) of this rank's tokens and sparse layers, unweighted, summed over supervised
+    tokens. They are no part of loss_sum; all ranks' together are the job's."""
 
 
 def prepare_model(model: Sequence[DistributedDataParallel]) -> None:
@@ -73,9 +77,13 @@ def train_step(
     reports = run_schedule(model, rows)
     norm = gradient_norm(optimizer)
     told = torch.stack(reports).sum(0) if reports else norm.new_zeros(2)
-    loss_sum, loss_tokens, norm = torch.cat((told, norm.view(1))).tolist()
+    routers = take_losses(model)
+    routers = norm.new_zeros(2) if routers is None else routers
+    loss_sum, loss_tokens, balance, z, norm = torch.cat((told, routers, norm.view(1))).tolist()
     applied = update(optimizer, norm, clip)
-    return StepResult(loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied)
+    return StepResult(
+        loss_sum=loss_sum, loss_tokens=loss_tokens, grad_norm=norm, applied=applied, router_losses=(balance, z)
+    )
 
 
 def finish_gradients(model: list[nn.Module], num_tokens: Tensor, **named: Any) -> None:

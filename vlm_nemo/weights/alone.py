@@ -56,6 +56,9 @@ ALONE: dict[str, Alone] = {
     "MistralForCausalLM": Alone(part="language", kind="mistral", prefixes=DECODER),
     "Qwen2ForCausalLM": Alone(part="language", kind="qwen2", prefixes=DECODER),
     "Qwen3ForCausalLM": Alone(part="language", kind="qwen3", prefixes=DECODER),
+    "MixtralForCausalLM": Alone(part="language", kind="mixtral", prefixes=DECODER),
+    "Qwen2MoeForCausalLM": Alone(part="language", kind="qwen2_moe", prefixes=DECODER),
+    "Qwen3MoeForCausalLM": Alone(part="language", kind="qwen3_moe", prefixes=DECODER),
     "Gemma3ForCausalLM": Alone(part="language", kind="gemma3", prefixes=DECODER),
 }
 """By architecture. The first of each kind is the one that is written."""
@@ -73,6 +76,9 @@ MODEL_TYPES: dict[str, str] = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
 """For a config.json that names no architecture."""

@@ -91,7 +91,23 @@ def _language(c: LanguageConfig) -> dict[str, Shape]:
         "k_layernorm.weight": (head,),
         "mlp.linear_fc1.weight": (2 * c.ffn_hidden_size, c.hidden_size),
         "mlp.linear_fc2.weight": (c.hidden_size, c.ffn_hidden_size),
+        **_experts(c),
         "weight": (c.hidden_size,),  # of every norm
+    }
+
+
+def _experts(c: LanguageConfig) -> dict[str, Shape]:
+    moe = c.moe
+    if moe.experts is None:
+        return {}
+    inside, shared = moe.ffn_hidden_size or c.ffn_hidden_size, moe.shared_ffn_hidden_size or 0
+    return {
+        "mlp.router.weight": (moe.experts, c.hidden_size),
+        "mlp.experts.linear_fc1.weight": (2 * inside, c.hidden_size),
+        "mlp.experts.linear_fc2.weight": (c.hidden_size, inside),
+        "mlp.shared_experts.gate_weight": (1, c.hidden_size),
+        "mlp.shared_experts.linear_fc1.weight": (2 * shared, c.hidden_size),
+        "mlp.shared_experts.linear_fc2.weight": (c.hidden_size, shared),
     }
 
 

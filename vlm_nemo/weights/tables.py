@@ -13,7 +13,7 @@ from vlm_nemo.weights.alone import ALONE
 from vlm_nemo.weights.configs.languages import fitting_language
 from vlm_nemo.weights.configs.towers import fitting_tower
 from vlm_nemo.weights.families import FAMILIES
-from vlm_nemo.weights.names.languages import DECODER, HEAD_NAME
+from vlm_nemo.weights.names.languages import HEAD_NAME, decoder_names
 from vlm_nemo.weights.names.projectors import PROJECTORS
 from vlm_nemo.weights.names.rows import LAYER, Entry, Table
 from vlm_nemo.weights.names.towers import TOWERS
@@ -77,7 +77,7 @@ def naming_of(cfg: ModelConfig) -> Naming:
     tables = {
         "vision": TOWERS[fitting_tower(cfg.vision, family.towers)[0]],
         "projector": PROJECTORS[family.projector],
-        "language": DECODER,
+        "language": decoder_names(fitting_language(cfg.language, family.languages)[0]),
     }
     return Naming(tables=tables, prefixes=family.prefixes)
 
@@ -97,7 +97,8 @@ def naming_of_class(architecture: str) -> Naming:
     """The names of a class that is one part of ours."""
     alone = ALONE[architecture]
     return Naming(
-        tables={alone.part: TOWERS[alone.kind] if alone.part == "vision" else DECODER}, prefixes=alone.prefixes
+        tables={alone.part: TOWERS[alone.kind] if alone.part == "vision" else decoder_names(alone.kind)},
+        prefixes=alone.prefixes,
     )
 
 
@@ -118,7 +119,8 @@ def _section(cfg: ModelConfig, part: str) -> tuple[object, int, Sizes]:
         sizes = Sizes(heads=v.num_heads, kv_heads=v.num_heads, patch=v.patch_size, frames=v.temporal_patch_size)
         return v, max(layers_used(v), v.global_layers), sizes
     if part == "language":
-        return lang, lang.num_layers, Sizes(heads=lang.num_heads, kv_heads=lang.num_kv_heads)
+        sizes = Sizes(heads=lang.num_heads, kv_heads=lang.num_kv_heads, experts=lang.moe.experts or 0)
+        return lang, lang.num_layers, sizes
     return p, p.num_layers, Sizes(heads=p.num_heads, kv_heads=p.num_heads)
 
 

@@ -21,6 +21,8 @@ class Sizes:
     """Side of a patch, pixels."""
     frames: int = 1
     """Frames that a patch spans."""
+    experts: int = 0
+    """Experts of a sparse layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

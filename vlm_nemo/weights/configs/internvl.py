@@ -13,7 +13,7 @@ from vlm_nemo.weights.configs.forms import demand, refuse
 from vlm_nemo.weights.configs.languages import fitting_language, language_of, read_language, write_language
 from vlm_nemo.weights.configs.towers import read_tower, write_tower
 
-LANGUAGES = ("qwen2", "llama", "qwen3")
+LANGUAGES = ("qwen2", "llama", "qwen3", "qwen3_moe")
 
 DEFAULTS: dict[str, Any] = {
     "image_token_id": 151667,

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlm_nemo.model.config import LanguageConfig, RopeScaling
+from vlm_nemo.model.config import LanguageConfig
+from vlm_nemo.weights.configs.experts import DEFAULTS as EXPERTS
+from vlm_nemo.weights.configs.experts import expert_misfits, read_experts, write_experts
 from vlm_nemo.weights.configs.forms import Field, Form, activation, demand, misfits, read_form, refuse, write_form
+from vlm_nemo.weights.configs.rope import read_rope, write_scaling
 
 _ROPE = frozenset({"rope_base", "rope_scaling"})
-_FREE = frozenset({"vocab_size", "head_dim", "num_kv_heads", "tied_embeddings", "image_attention"}) | _ROPE
+# Experts: see _more_misfits
+_FREE = frozenset({"vocab_size", "head_dim", "num_kv_heads", "tied_embeddings", "image_attention", "moe"}) | _ROPE
 
 
 def _fields(
@@ -77,6 +81,31 @@ FORMS: dict[str, Form] = {
         says=("use_sliding_window", "attention_bias"),
         free=_FREE,
     ),
+    "mixtral": Form(
+        model_types=("mixtral",),
+        fields=(
+            *_fields(4096, 14336, 32, 32, 131072, 1e-5),
+            Field(ours="window", theirs="sliding_window", default=None),
+        ),
+        demands={"router_jitter_noise": (0.0,)},
+        free=_FREE,
+    ),
+    "qwen2_moe": Form(
+        model_types=("qwen2_moe",),
+        fields=_fields(2048, 5632, 24, 16, 32768, 1e-6),
+        always=dict(qkv_bias=True),
+        demands={**_QWEN, "qkv_bias": (True,)},
+        says=("use_sliding_window", "qkv_bias"),
+        free=_FREE,
+    ),
+    "qwen3_moe": Form(
+        model_types=("qwen3_moe",),
+        fields=_fields(2048, 6144, 24, 32, 32768, 1e-6),
+        always=dict(qk_norm=True),
+        demands={**_QWEN, "attention_bias": (False,)},
+        says=("use_sliding_window", "attention_bias"),
+        free=_FREE,
+    ),
     "gemma3": Form(
         model_types=("gemma3_text",),
         fields=(
@@ -118,6 +147,9 @@ VOCABULARIES = {
     "mistral": 32000,
     "qwen2": 151936,
     "qwen3": 151936,
+    "mixtral": 32000,
+    "qwen2_moe": 151936,
+    "qwen3_moe": 151936,
     "gemma3": 262208,
     "mllama": 128256,
     "qwen2_vl": 152064,
@@ -128,16 +160,26 @@ KV_HEADS: dict[str, int | None] = {
     "mistral": 8,
     "qwen2": 32,
     "qwen3": 32,
+    "mixtral": 8,
+    "qwen2_moe": 16,
+    "qwen3_moe": 4,
     "gemma3": 4,
     "mllama": 8,
     "qwen2_vl": 8,
     "qwen2_5_vl": 8,
 }
-HEAD_DIMS: dict[str, int | None] = {"llama": None, "mistral": None, "qwen3": 128, "gemma3": 256}
+HEAD_DIMS: dict[str, int | None] = {
+    "llama": None,
+    "mistral": None,
+    "qwen3": 128,
+    "mixtral": None,
+    "qwen3_moe": None,
+    "gemma3": 256,
+}
 """Of the decoders whose heads may be of another width than hidden_size / heads."""
 TIED = {"gemma3"}
 """Decoders that share embedding and head where a file does not say."""
-BASES = {"qwen2_vl": 1e6, "qwen2_5_vl": 1e6, "gemma3": 1e6, "mllama": 5e5}
+BASES = {"qwen2_vl": 1e6, "qwen2_5_vl": 1e6, "gemma3": 1e6, "mllama": 5e5, "mixtral": 1e6}
 """Of the rotary positions where a file does not say; 10000 elsewhere."""
 
 
@@ -150,6 +192,8 @@ def read_language(name: str, given: Mapping[str, Any], where: str) -> LanguageCo
     heads = given.get("num_key_value_heads", KV_HEADS[name])
     cfg.num_kv_heads = cfg.num_heads if heads is None else heads
     cfg.head_dim = _head_dim(name, given, cfg, where)
+    if name in EXPERTS:
+        cfg.moe = read_experts(name, given)
     cfg.tied_embeddings = bool(given.get("tie_word_embeddings", name in TIED))
     if name == "gemma3":
         _read_gemma(given, cfg, where)
@@ -157,7 +201,7 @@ def read_language(name: str, given: Mapping[str, Any], where: str) -> LanguageCo
         kinds = given.get("layer_types") or []
         if any(kind != "full_attention" for kind in kinds):
             raise refuse(where, "layer_types", kinds, "it does 'full_attention' in all layers")
-        cfg.rope_base, cfg.rope_scaling, sections = _read_rope(given, where, BASES.get(name, 10000.0))
+        cfg.rope_base, cfg.rope_scaling, sections = read_rope(given, where, BASES.get(name, 10000.0))
         if name in ("qwen2_vl", "qwen2_5_vl"):
             cfg.mrope_section = sections or [16, 24, 24]
     return cfg
@@ -167,10 +211,11 @@ def write_language(name: str, cfg: LanguageConfig) -> dict[str, Any]:
     """The `text_config` of a decoder."""
     found = {
         **write_form(FORMS[name], cfg),
+        **write_experts(name, cfg.moe),
         "vocab_size": cfg.vocab_size,
         "num_key_value_heads": cfg.num_kv_heads,
         "rope_theta": cfg.rope_base,
-        "rope_scaling": _write_scaling(cfg),
+        "rope_scaling": write_scaling(cfg),
         "tie_word_embeddings": cfg.tied_embeddings,
     }
     if name in HEAD_DIMS and (cfg.head_dim is not None or HEAD_DIMS[name] is not None):
@@ -204,7 +249,7 @@ def fitting_language(cfg: LanguageConfig, allowed: Sequence[str]) -> tuple[str, 
 
 
 def _more_misfits(name: str, cfg: LanguageConfig) -> list[tuple[str, Any, Any]]:
-    found: list[tuple[str, Any, Any]] = []
+    found = expert_misfits(name, cfg)
     if name not in HEAD_DIMS and cfg.head_dim not in (None, cfg.hidden_size // cfg.num_heads):
         found.append(("head_dim", cfg.head_dim, cfg.hidden_size // cfg.num_heads))
     if name in ("qwen2_vl", "qwen2_5_vl") and not cfg.mrope_section:
@@ -251,48 +296,6 @@ def _read_gemma(given: Mapping[str, Any], cfg: LanguageConfig, where: str) -> No
     plain = {key: value for key, value in given.items() if key != "rope_parameters"}
     if full:
         plain["rope_parameters"] = full
-    cfg.rope_base, cfg.rope_scaling, _ = _read_rope(plain, where, BASES["gemma3"])
+    cfg.rope_base, cfg.rope_scaling, _ = read_rope(plain, where, BASES["gemma3"])
     demand(where, {"rope_type": "default", **local}, "rope_type", ("default",))
     cfg.rope_local_base = float(local.get("rope_theta", given.get("rope_local_base_freq", 10000.0)))
-
-
-def _read_rope(given: Mapping[str, Any], where: str, base: float) -> tuple[float, RopeScaling, list[int]]:
-    """transformers 4 writes rope_theta and rope_scaling, transformers 5 both in rope_parameters."""
-    name = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
-    rope = {"rope_theta": given.get("rope_theta", base), **(given.get(name) or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(where, f"{name}.partial_rotary_factor", rope["partial_rotary_factor"], "it does 1.0")
-    sections = list(rope.get("mrope_section") or [])
-    if kind in ("default", "mrope", "dynamic"):  # dynamic begins beyond max_position_embeddings
-        scaling = RopeScaling()
-    elif kind == "linear":
-        scaling = RopeScaling(kind="linear", factor=float(rope["factor"]))
-    elif kind == "llama3":
-        scaling = RopeScaling(
-            kind="llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_positions=int(rope["original_max_position_embeddings"]),
-        )
-    else:
-        raise refuse(where, f"{name}.rope_type", kind, "it does 'default', 'linear', 'llama3'")
-    return float(rope["rope_theta"]), scaling, sections
-
-
-def _write_scaling(cfg: LanguageConfig) -> dict[str, Any] | None:
-    scaling = cfg.rope_scaling
-    if cfg.mrope_section:
-        return {"type": "mrope", "mrope_section": list(cfg.mrope_section)}
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        return {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_positions,
-        }
-    return None

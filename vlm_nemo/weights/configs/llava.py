@@ -13,7 +13,7 @@ from vlm_nemo.weights.configs.languages import fitting_language, language_of, re
 from vlm_nemo.weights.configs.towers import fitting_tower, read_tower, tower_of, write_tower
 
 TOWERS = ("clip", "siglip")
-LANGUAGES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+LANGUAGES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "mixtral", "qwen2_moe", "qwen3_moe")
 
 LLAVA_DEFAULTS: dict[str, Any] = {
     "image_token_index": 32000,

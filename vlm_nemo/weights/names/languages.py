@@ -1,9 +1,17 @@
-"""The names of decoders, as they stand alone. One table: all of them are Llama with switches."""
+"""The names of decoders, as they stand alone. One table: all are Llama with switches, but for Mixtral's experts.
+
+Experts are named one by one, as the hub has them and as save_pretrained writes them; in memory transformers 5 joins
+those of a layer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from vlm_nemo.model.config import LanguageConfig
-from vlm_nemo.weights.names.rows import Row, Table, linear
+from vlm_nemo.weights.names.rows import EXPERT, Row, Table, linear
 from vlm_nemo.weights.transforms import GATE_UP, IDENTITY, KV, QKV
 
 EMBEDDING = "language.embedding.word_embeddings.weight"
@@ -23,6 +31,19 @@ def _looks(c: LanguageConfig, layer: int) -> bool:
 
 def _attends(c: LanguageConfig, layer: int) -> bool:
     return not _looks(c, layer)
+
+
+def _mlp(ours: str, theirs: str, layers: Callable[[Any, int], bool]) -> tuple[Row, Row]:
+    """The rows of a gated MLP, or of an expert."""
+    gate, up, down = (f"{theirs}{word}_proj.weight" for word in ("gate", "up", "down"))
+    return (
+        Row(ours=f"{_O}.{ours}.linear_fc1.weight", theirs=(gate, up), transform=GATE_UP, layers=layers),
+        Row(ours=f"{_O}.{ours}.linear_fc2.weight", theirs=(down,), layers=layers),
+    )
+
+
+def _shared(cfg: LanguageConfig, layer: int) -> bool:
+    return cfg.moe.sparse(layer) and cfg.moe.shared_ffn_hidden_size is not None
 
 
 DECODER = Table(
@@ -76,14 +97,43 @@ DECODER = Table(
                 ("post_mlp_layernorm", "post_feedforward_layernorm"),
             )
         ),
+        *_mlp("mlp", f"{_T}.mlp.", layers=lambda c, n: not c.moe.sparse(n)),
         Row(
-            ours=f"{_O}.mlp.linear_fc1.weight",
-            theirs=(f"{_T}.mlp.gate_proj.weight", f"{_T}.mlp.up_proj.weight"),
-            transform=GATE_UP,
+            ours=f"{_O}.mlp.router.weight",
+            theirs=(f"{_T}.mlp.gate.weight",),
+            layers=lambda c, n: c.moe.sparse(n),
         ),
-        Row(ours=f"{_O}.mlp.linear_fc2.weight", theirs=(f"{_T}.mlp.down_proj.weight",)),
+        *_mlp(f"mlp.experts.{EXPERT}", f"{_T}.mlp.experts.{EXPERT}.", layers=lambda c, n: c.moe.sparse(n)),
+        *_mlp("mlp.shared_experts", f"{_T}.mlp.shared_expert.", layers=_shared),
+        Row(
+            ours=f"{_O}.mlp.shared_experts.gate_weight",
+            theirs=(f"{_T}.mlp.shared_expert_gate.weight",),
+            layers=lambda c, n: _shared(c, n) and c.moe.shared_gate,
+        ),
         Row(ours="language.decoder.final_layernorm.weight", theirs=("model.norm.weight",)),
         Row(ours=HEAD, theirs=(HEAD_NAME,), when=lambda c: not c.tied_embeddings),
     ),
     idle=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
 )
+
+
+def _mixtral(row: Row) -> Row:
+    """Llama's row, or Mixtral's where it is of experts."""
+    words = {f"{_T}.mlp.{ours}": f"{_T}.block_sparse_moe.{theirs}" for ours, theirs in _MIXTRAL.items()}
+    return replace(row, theirs=tuple(words.get(name, name) for name in row.theirs))
+
+
+_MIXTRAL = {
+    "gate.weight": "gate.weight",
+    f"experts.{EXPERT}.gate_proj.weight": f"experts.{EXPERT}.w1.weight",
+    f"experts.{EXPERT}.up_proj.weight": f"experts.{EXPERT}.w3.weight",
+    f"experts.{EXPERT}.down_proj.weight": f"experts.{EXPERT}.w2.weight",
+}
+
+DECODERS = {"mixtral": replace(DECODER, rows=tuple(_mixtral(row) for row in DECODER.rows))}
+"""By the name that `configs.languages` uses: those that are not spelled as DECODER is."""
+
+
+def decoder_names(kind: str) -> Table:
+    """Of a kind of decoder in configs.languages.FORMS."""
+    return DECODERS.get(kind, DECODER)

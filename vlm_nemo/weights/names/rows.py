@@ -9,8 +9,8 @@ from typing import Any
 
 from vlm_nemo.weights.transforms import IDENTITY, Sizes, Transform
 
-LAYER = "{layer}"
-"""Stands for a layer's number, in both names of a row."""
+LAYER, EXPERT = "{layer}", "{expert}"
+"""Stand for the number of a layer, and of an expert in it, in both names of a row."""
 
 
 def always(cfg: Any) -> bool:
@@ -68,9 +68,13 @@ class Table:
             yield Entry(part=part, ours=row.ours, theirs=row.theirs, transform=row.transform, sizes=sizes)
         for layer in range(layers):
             for row in (row for row in rows if LAYER in row.ours and row.layers(cfg, layer)):
-                theirs = tuple(name.replace(LAYER, str(layer)) for name in row.theirs)
-                ours = row.ours.replace(LAYER, str(layer))
-                yield Entry(part=part, ours=ours, theirs=theirs, transform=row.transform, sizes=sizes)
+                for expert in range(sizes.experts if EXPERT in row.ours else 1):
+
+                    def numbered(name: str, layer: int = layer, expert: int = expert) -> str:
+                        return name.replace(LAYER, str(layer)).replace(EXPERT, str(expert))
+
+                    theirs = tuple(numbered(name) for name in row.theirs)
+                    yield Entry(part=part, ours=numbered(row.ours), theirs=theirs, transform=row.transform, sizes=sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
