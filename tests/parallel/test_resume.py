@@ -84,7 +84,7 @@ def test_resume_at_another_layout(
 def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path, layout: list[str]) -> None:
     """The distributed optimizer's shares of two data ranks or two context ranks, and two tensor halves, become one
     process's state."""
-    runs.vlm_nemo("train", *words(shards, tmp_path, "trainer.stop_at=4", *layout), ranks=2, fresh=True)
+    runs.vlm_nemo("train", *words(shards, tmp_path, "trainer.stop_at=4", *layout), ranks=2)
     runs.vlm_nemo("train", *words(shards, tmp_path))
     for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(tmp_path), runs.trace(whole), strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)

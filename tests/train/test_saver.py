@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests import runs, warm
 from tests.parallel.trained import ALL, STAGE1, STAGE2, Trained, trained
 from tests.ranks import run_ranks
 from vlm_nemo.runtime import device, groups, host
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.processes import RankFailed
 from vlm_nemo.train import checkpoint, manifest, shares, tensors
 from vlm_nemo.types import UserError
 
@@ -264,6 +268,69 @@ def test_a_file_system_without_links_gets_whole_checkpoints(tmp_path: Path, monk
     (paths[0] / entry.file).write_bytes(b"x" * entry.bytes)
     with pytest.raises(OSError, match="is damaged"):
         manifest.share(paths[0] / entry.file, tmp_path / "again", entry)
+
+
+def test_a_checkpoint_of_before_loads(tmp_path: Path) -> None:
+    """All parts in one file, written by safetensors itself, and a manifest that says nothing of layout or frozen."""
+    with device.adapter():
+        made = trained(ParallelConfig(), optim_cfg=STAGE1)
+        made.steps(1)
+        path = made.save(made.saver(tmp_path / "new"), wait=True)
+        losses = made.steps(1)
+        shutil.copytree(path, tmp_path / "old")
+        index, content = {}, {}
+        for file in (tmp_path / "old" / "weights").iterdir():
+            with safe_open(file, "pt") as opened:
+                index |= json.loads(opened.metadata()["chunks"])
+                content |= {f"{name} of {file.stem}": opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                index |= {f"{name} of {file.stem}": index.pop(name) for name in opened.keys()}  # noqa: SIM118
+            file.unlink()
+        save_file(content, tmp_path / "old" / "weights" / "rank_00000.safetensors", {"chunks": json.dumps(index)})
+        (tmp_path / "old" / "manifest.json").unlink()
+        manifest.write_manifest(tmp_path / "old")
+        assert checkpoint.verify(tmp_path / "old") == []
+        again = trained(ParallelConfig(), tmp_path / "old", STAGE1)
+        # No file of it holds one part alone, so nothing can be shared with it
+        taken = again.save(again.saver(tmp_path / "on", source=tmp_path / "old"), wait=True)
+        assert hashes(taken) == hashes(path)
+        assert again.steps(1) == losses
+        groups.stop()
+
+
+def dying_pair(folder: str, dies: bool) -> None:
+    """Two ranks save, and rank 1 looks late how it ended, when rank 0 has nothing else to do; or it is killed with -9
+    while both write a second one."""
+    with device.adapter():
+        made = trained(ParallelConfig(tensor=2))
+        made.steps(1)
+        saver = made.saver(Path(folder))
+        made.save(saver)
+        time.sleep(made.ranks.rank * 0.7)
+        saver.wait()
+        if not dies:
+            return
+        real = tensors.write
+
+        def write(path: Path, *given: Any) -> Any:
+            if made.ranks.rank == 1 and "optimizer" in str(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(path, *given)
+
+        tensors.write = write
+        made.done = 2
+        made.save(saver)
+        saver.wait()
+
+
+def test_rank_0_waits_until_all_know(tmp_path: Path) -> None:
+    run_ranks(dying_pair, 2, str(tmp_path), False)
+
+
+def test_kill_9_of_one_rank_leaves_the_old_one(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed):  # of rank 1, or of rank 0 that lost it
+        run_ranks(dying_pair, 2, str(tmp_path), True)
+    assert checkpoint.find(tmp_path).name == "step_000001" and checkpoint.verify(tmp_path / "step_000001") == []
+    assert (tmp_path / ".step_000002.draft").is_dir()
 
 
 def test_boxes_that_are_not_the_model_are_refused(made: Trained) -> None:

@@ -79,6 +79,7 @@ def verify(path: Path, ranks: Ranks | None = None, only: tuple[str, ...] = ("",)
         files = [entry for name, entry in manifest.read_manifest(path).files.items() if name.startswith(only)]
     except manifest.Damaged:
         return [manifest.MANIFEST]
+    files.sort(key=lambda entry: -entry.bytes)  # about as much for each rank
     bad = manifest.damaged(path, files if ranks is None else files[ranks.rank :: ranks.world])
     if ranks is None or ranks.world == 1:
         return bad

@@ -115,7 +115,6 @@ class Saver:
         self._board: dist.Store = groups.board()
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
-        self._last_words: list[str] = []
         self._deadline: float | None = None
         self._news: list[str] = []
 
@@ -177,17 +176,29 @@ class Saver:
             return
         if self._thread is not None:
             self._thread.join()
-        said = time.monotonic()
-        while not self._board.check([f"{job.key}/done"]):
-            if time.monotonic() - said > SAY_SECONDS and self.ranks.rank < 2:
-                said = time.monotonic()
-                log.warning("%s is not on the disk yet, %.0f s so far", job.name, time.perf_counter() - job.began)
-            time.sleep(LOOK_SECONDS)
+        self._until(lambda: self._board.check([f"{job.key}/done"]), job)
         done = json.loads(self._board.get(f"{job.key}/done"))
+        self._board.add(f"{job.key}/read", 1)
+        if self.ranks.main:  # the board is this process's: it must not go before all have looked
+            self._until(lambda: self._board.add(f"{job.key}/read", 0) == self.ranks.world, job)
+            for word in (*self._words(job), f"{job.key}/done", f"{job.key}/read"):
+                self._board.delete_key(word)
         self._job = self._thread = None
         if done["error"] is not None:
             raise (UserError if done["user"] else RuntimeError)(done["error"])
         self._frozen.all_stored()
+
+    def _until(self, there: Callable[[], bool], job: _Job) -> None:
+        said = time.monotonic()
+        while not there():
+            if time.monotonic() - said > SAY_SECONDS and self.ranks.rank < 2:
+                said = time.monotonic()
+                log.warning("%s is not on the disk yet, %.0f s so far", job.name, time.perf_counter() - job.began)
+            time.sleep(LOOK_SECONDS)
+
+    def _words(self, job: _Job) -> list[str]:
+        """Where each rank says what it wrote."""
+        return [f"{job.key}/{rank}" for rank in range(self.ranks.world)]
 
     def close(self, patience: float = GRACE_SECONDS) -> None:
         """Let a save that is under way finish, for so many seconds; raises nothing of it."""
@@ -247,7 +258,7 @@ class Saver:
 
     def _finish(self, job: _Job) -> None:
         """Rank 0: make a checkpoint of what the ranks wrote. Raises Failed with the words of one that did not."""
-        words = [f"{job.key}/{rank}" for rank in range(self.ranks.world)]
+        words = self._words(job)
         while not self._board.check(words):
             if self._late():
                 raise Abandoned(f"{job.name}: not all ranks wrote their files")
@@ -278,10 +289,6 @@ class Saver:
             f"{time.perf_counter() - job.began:.2f} s; {manifest.total_bytes(files) / 1e6:,.1f} MB written"
             + (f", {manifest.total_bytes(linked) / 1e6:,.1f} MB shared with the one before" if linked else "")
         )
-        # All ranks came to this save, so none waits for the words of the one before
-        for word in self._last_words:
-            self._board.delete_key(word)
-        self._last_words = [*words, f"{job.key}/done"]
 
     def _draft(self, job: _Job) -> Path:
         return self.folder / manifest.draft_folder(job.step)
