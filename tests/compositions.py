@@ -54,6 +54,17 @@ TOWERS: dict[str, Part] = {
     "qwen25_vit": dict(position="rope", temporal_patch_size=2, window=16, full_attention_layers=[2], **RMS),
     "aimv2": dict(patch_bias=True, patch_norm=True, post_norm=True, qkv_bias=False, bias=False, **RMS),
     "plain": dict(class_token=False, pre_norm=False, position="none"),
+    "llama32": dict(
+        activation="gelu",
+        qkv_bias=False,
+        output_bias=False,
+        keep_class_token=True,
+        post_norm=True,
+        feature_layer=-1,
+        tiles=3,
+        global_layers=1,
+        kept_layers=[0, 2],
+    ),
 }
 REDUCTIONS: dict[str, Part] = {
     "none": dict(kind="none"),
@@ -74,7 +85,10 @@ PROJECTORS: dict[str, Part] = {
     "perceiver": dict(kind="perceiver", num_layers=2, num_queries=3, num_heads=4, num_kv_heads=2, hidden_size=16),
     "visual_vocabulary": dict(kind="visual_vocabulary", vocabulary=48),
     "visual_vocabulary_argmax": dict(kind="visual_vocabulary", vocabulary=48, tokenize="st_argmax"),
+    "cross_attention": dict(kind="cross_attention"),
 }
+LOOKING = [1, 3]
+"""Layers that look at images, of the last one's decoder."""
 LANGUAGES: dict[str, Part] = {
     "llama": {},
     "llama3": dict(rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_positions=16)),
@@ -98,12 +112,13 @@ LANGUAGES: dict[str, Part] = {
     ),
     "smollm2": dict(tied_embeddings=True, rope_base=100000.0),
 }
-NATURAL = {"qwen2_vit": "native", "qwen25_vit": "native"}
+NATURAL = {"qwen2_vit": "native", "qwen25_vit": "native", "llama32": "canvas"}
 """Tower -> the layout that its families have; square of all others."""
 LAYOUTS: dict[str, Part] = {
     "square": {},
     "anyres": dict(pinpoints=[[32, 64], [64, 32], [64, 64]]),
     "tiles": dict(max_tiles=3),
+    "canvas": dict(max_tiles=3),
     "ovis": dict(max_tiles=3),
     "rows": dict(longest_edge=64),
     "native": dict(min_pixels=256, max_pixels=2048),
@@ -126,7 +141,11 @@ class Composition:
     def config(self) -> ModelConfig:
         """Views of 4 x 4 patches; four decoder layers, so that two stages have two each."""
         vision = dict(image_size=32, patch_size=8, hidden_size=16, num_layers=3, num_heads=4, ffn_hidden_size=24)
-        language = dict(vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=48)
+        language: Part = dict(
+            vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=48
+        )
+        if self.projector == "cross_attention":
+            language["cross_attention_layers"] = LOOKING
         return ModelConfig(
             family="",
             layout=LayoutConfig(kind=self.layout, **LAYOUTS[self.layout]),
@@ -152,7 +171,7 @@ def draw(count: int, seed: int) -> list[Composition]:
         Composition(tower=t, reduction=r, projector=p, language=la, layout=NATURAL.get(t, "square"))
         for t, r, p, la in zip(deck(TOWERS), deck(REDUCTIONS), deck(PROJECTORS), deck(LANGUAGES), strict=True)
     ]
-    return [replace(c, reduction="none") if c.tower == "clip_class_token" else c for c in made]
+    return [replace(c, reduction="none") if TOWERS[c.tower].get("keep_class_token") else c for c in made]
 
 
 def rows(
@@ -177,6 +196,9 @@ def _row(cfg: ModelConfig, images: Sequence[int], seed: int, capacity: int) -> P
         sample, spans = _words(3 + number, g), []
         for k in range(wanted):
             plan = plan_image(spec, SIZES[(number + k + seed) % len(SIZES)])
+            if plan.cross:
+                slots.append(len(tokens) + len(sample))
+                sample.append(IMAGE)
             if plan.span is not None:
                 spans.append((len(sample), *plan.span))
             for item in (*plan.items, *([Placeholders(sources=-1 - np.arange(extra))] if extra else [])):
@@ -215,6 +237,7 @@ def _row(cfg: ModelConfig, images: Sequence[int], seed: int, capacity: int) -> P
             embeddings=torch.tensor([plan.embeddings for plan in plans], dtype=torch.int64),
             slots=torch.tensor(slots, dtype=torch.int64),
             sources=torch.tensor(sources, dtype=torch.int64),
+            tilings=None if spec.tiles is None else torch.tensor([plan.tiling for plan in plans]).view(-1, 2),
         ),
         samples=len(images),
         used_tokens=len(tokens),

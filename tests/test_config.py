@@ -115,7 +115,7 @@ def test_the_command_line_beats_the_recipe_beats_the_parts() -> None:
         ("data.sources.mine.weight=x", "data.sources.mine.weight must be a number or null, not 'x'"),
         ("precision=fp16", "precision must be one of fp32, bf16, not 'fp16'; did you mean bf16?"),
         ("model.layout.aspect=pda", "model.layout.aspect must be one of pad, crop, squash, not 'pda'"),
-        ("parallel.recompute=half", "parallel.recompute must be one of none, full, not 'half'"),
+        ("parallel.recompute=half", "parallel.recompute must be one of none, selective, full, not 'half'"),
         ("log.wandb_mode=offlin", "log.wandb_mode must be one of offline, online, disabled, not 'offlin'"),
         ("run_dir=runs/${nowhere}", "run_dir: Interpolation key 'nowhere' not found"),
         ("recipe=shapes/stge1", "no recipe 'shapes/stge1'; did you mean shapes/stage1?"),

@@ -99,7 +99,7 @@ def one_process(stages: Path, shards: Path, tmp_path_factory: pytest.TempPathFac
     ("ranks", "layout"),
     [
         (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
-        (2, []),
+        (2, ["parallel.context=2"]),  # two replicas
     ],
     ids=["tp2_pp2", "dp2"],
 )

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlm_nemo import config
@@ -123,7 +124,8 @@ def check_ranks(verb: Verb, cfg: Any, *, world_size: int) -> None:
             capacity=cfg.data.pack.capacity,
         )
     elif verb.ranks:
-        check_layout(cfg.parallel, None, world_size=world_size)
+        # Where a model answers, context ranks are replicas, and there may be any number of these
+        check_layout(replace(cfg.parallel, context=1), None, world_size=world_size)
 
 
 def _value(cfg: object, key: str) -> object:

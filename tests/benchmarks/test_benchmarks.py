@@ -24,7 +24,7 @@ from vlm_nemo.data.layout.plan import plain
 from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 
-NAMES = ("decode", "records", "loader", "packing", "peers_cpu", "step", "features")
+NAMES = ("checkpoint", "decode", "records", "loader", "packing", "peers_cpu", "step", "features")
 
 
 @pytest.mark.parametrize("name", NAMES)

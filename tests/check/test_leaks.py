@@ -35,6 +35,7 @@ MODELS = [
     "idefics3_8b",
     "ovis2_1b",
     "blip2_vicuna_7b",
+    "llama32_vision_11b",
 ]
 """One of every layout, reduction and projector."""
 

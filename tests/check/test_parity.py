@@ -22,6 +22,11 @@ from vlm_nemo.train import step
 real, step.token_loss = step.token_loss, mean
 """
 """Each micro-batch's mean, as if all had equally many tokens."""
+UNSHARED = """
+from vlm_nemo.model import vlm
+vlm.mark_shared = lambda module: None
+"""
+"""Every rank's tower keeps the gradients of its own images."""
 LONELY_PROJECTOR = """
 from megatron.core import parallel_state
 from vlm_nemo.check import trial
@@ -56,6 +61,7 @@ def test_a_sound_model_passes(small: Subject, monkeypatch: pytest.MonkeyPatch) -
         "packed, two rows at once",
         "tensor 2, sequence, recompute",
         "pipeline 2, virtual 2",
+        "context 2",
         "data 2, distributed optimizer",
     ]
     only(monkeypatch, *names)
@@ -99,6 +105,18 @@ def test_a_projector_that_tensor_ranks_do_not_share_is_found(
     # Adam's first update does not care how long a gradient is: no loss says so
     assert [words.split(" differs")[0] for words in split["broken"]] == ["the gradient of projector"]
     assert found.tables[0].bad == {1}
+
+
+@pytest.mark.slow
+def test_a_tower_whose_gradients_are_not_brought_together_is_found(
+    small: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    only(monkeypatch, "packed", "tensor 2, images shared out")
+    plant(UNSHARED, tmp_path, monkeypatch)
+    alone, shared = parity(small, ParallelConfig()).data["layouts"]
+    assert alone["broken"] == []
+    broken = [words.split(" differs")[0] for words in shared["broken"]]
+    assert "the gradient of vision" in broken and "the gradient of projector" in broken
 
 
 def test_what_is_no_number_is_a_difference() -> None:

@@ -49,7 +49,7 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
             context=(0, layout.context),
             sharing=(0, image_ranks(layout)),
         ),
-        work=work_of([row]),
+        work=work_of([row], cfg),
     )
 
 
@@ -74,9 +74,11 @@ def measured(made: Job) -> int:
     return peak
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_predicted_memory_is_what_the_step_took(recompute: str) -> None:
-    made = job(ParallelConfig(recompute=recompute))
+@pytest.mark.parametrize(("recompute", "vision"), [("none", None), ("selective", None), ("full", None), ("full", 1e-3)])
+def test_predicted_memory_is_what_the_step_took(recompute: str, vision: float | None) -> None:
+    """vision: the tower's rate, where it learns; then it recomputes too."""
+    made = job(ParallelConfig(recompute=recompute, recompute_vision="full" if vision else "none"))
+    made = replace(made, optim=replace(made.optim, vision_lr=vision))
     (predicted,) = needs(made)
     assert predicted.activations == pytest.approx(measured(made), rel=0.02)
     fixed = predicted.weights + predicted.gradients
@@ -130,7 +132,9 @@ def test_what_does_not_fit_is_said_with_a_knob_that_helps(tmp_path: Path) -> Non
     made = job(ParallelConfig(), world=2)
     (stage,) = needs(made)
     (again,) = needs(replace(made, parallel=replace(made.parallel, recompute="full")))
-    limit = (stage.peak + again.peak) / 2 / GIB
+    (part,) = needs(replace(made, parallel=replace(made.parallel, recompute="selective")))
+    assert stage.peak > part.peak > again.peak
+    limit = (part.peak + again.peak) / 2 / GIB
     finding = plan(made, memory_gib=limit, reserve_gib=0.0, assumed="made up")
     assert not finding.ok
     assert "parallel.recompute=full" in finding.verdict

@@ -29,7 +29,7 @@ SAID_BY_THE_GRAPHS = {
 }
 """What the graphs are built from, or what is compared with it."""
 WITHOUT_EFFECT = {
-    "vision": "rope_base position_init_std full_attention_layers",
+    "vision": "rope_base position_init_std full_attention_layers global_layers",
     "reduce": "factor",
     "projector": "norm_place norm_eps num_queries num_heads num_kv_heads head_dim ffn_hidden_size "
     "cross_attention_every vocabulary indicators tokenize temperature",

@@ -10,7 +10,8 @@ import pytest
 
 from vlm_nemo import cli
 from vlm_nemo.infer.config import InferConfig
-from vlm_nemo.infer.load import form_of, open_model
+from vlm_nemo.infer.load import form_of, inference_layout, open_model
+from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 
 
@@ -70,3 +71,9 @@ def test_an_image_that_cannot_be_decoded_is_no_empty_answer(
     assert cli.main(["generate", f"hf={llava_twin[0]}", f"image={tmp_path}/bad.jpg", "prompt=hi"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: no answer: broken image")
+
+
+def test_a_layout_of_training_answers_without_what_only_training_does() -> None:
+    """Context ranks share rows; where there are none to share they are replicas."""
+    trained = ParallelConfig(tensor=2, pipeline=2, virtual=2, context=2, sequence=True, recompute="full")
+    assert inference_layout(trained) == ParallelConfig(tensor=2, pipeline=2, distributed_optimizer=False)

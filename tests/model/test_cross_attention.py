@@ -25,6 +25,7 @@ from vlm_nemo.model.looks import make_looks
 from vlm_nemo.model.vlm import VLM, check_looks
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import check_layout
 from vlm_nemo.types import UserError
 from vlm_nemo.weights.transforms import GATE_UP, IDENTITY, KV, QKV, Sizes
 
@@ -195,16 +196,20 @@ def test_who_looks_where() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "kind", "parallel", "key"),
+    ("layers", "kind", "key"),
     [
-        ([], "cross_attention", {}, "model.language.cross_attention_layers"),
-        ([1], "mlp", {}, "model.projector.kind=mlp"),
-        ([4], "cross_attention", {}, "4 layers"),
-        ([1], "cross_attention", {"virtual": 2}, "parallel.virtual=1"),
+        ([], "cross_attention", "model.language.cross_attention_layers"),
+        ([1], "mlp", "model.projector.kind=mlp"),
+        ([4], "cross_attention", "4 layers"),
     ],
 )
-def test_refuses(layers: list[int], kind: str, parallel: dict[str, int], key: str) -> None:
+def test_refuses(layers: list[int], kind: str, key: str) -> None:
     cfg = looking_model()
     cfg.language.cross_attention_layers, cfg.projector.kind = layers, kind
     with pytest.raises(UserError, match=key):
-        check_looks(cfg, ParallelConfig(**parallel))
+        check_looks(cfg)
+
+
+def test_refuses_virtual_stages() -> None:
+    with pytest.raises(UserError, match="set parallel.virtual=1"):
+        check_layout(ParallelConfig(pipeline=2, virtual=2), looking_model(), world_size=2)

@@ -66,12 +66,12 @@ def train(task: Task, parallel: ParallelConfig, witness: Path) -> Run:
     places = {"context": (ranks.context_rank, ranks.context), "sharing": chunks[0].image_place}
     update = step.update
 
-    def looking(optimizer: Any, clip: float) -> tuple[float, bool]:
+    def looking(*given: Any) -> Any:
         """Before the gradients are clipped."""
         if not run.losses:
             trial.gather_gradients(model)
             run.off = trial.compared(chunks, witness) if witness.exists() else trial.written(chunks, witness)
-        return update(optimizer, clip)
+        return update(*given)
 
     step.update = looking  # type: ignore[assignment]
     try:

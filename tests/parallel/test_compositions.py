@@ -108,6 +108,7 @@ LAYOUT_KINDS = [
     replace(LLAVA, layout="ovis", tower="aimv2", reduction="hidden_stride", projector="visual_vocabulary"),
     replace(LLAVA, layout="rows", reduction="pixel_shuffle", projector="linear"),
     replace(LLAVA, layout="native", tower="qwen25_vit", language="qwen2_vl"),
+    Composition(layout="canvas", tower="llama32", reduction="none", projector="cross_attention", language="gemma3"),
 ]
 """One of each kind of layout, with the parts that come with it."""
 TEXT_ONLY = ((0, 0), (0, 0, 0))

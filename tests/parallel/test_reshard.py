@@ -31,6 +31,15 @@ LAYOUTS: dict[str, tuple[int, Layout]] = {
     "dp4_distopt": (4, DP_ALL),
     "tp2_pp2": (4, TP2_PP2_SP),
     "pp2_vpp2_dp2": (4, dict(pipeline=2, virtual=2, distributed_optimizer=True)),
+    "cp2_dp2_distopt": (4, dict(context=2, distributed_optimizer=True)),
+    "cp2_pp2": (4, dict(context=2, pipeline=2, distributed_optimizer=False)),
+    "dp4_overlap": (
+        4,
+        dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    ),
+    "tp4_vision1": (4, dict(tensor=4, vision=1, distributed_optimizer=False)),
+    "tp2_dp2_vision1": (4, dict(tensor=2, vision=1, distributed_optimizer=True)),
+    "pp2_dp2_uneven": (4, dict(pipeline=2, layers=[1, 3], distributed_optimizer=True)),
     "tp2_pp2_dp2": (8, dict(tensor=2, pipeline=2, distributed_optimizer=True)),
     "tp2_pp2_dp2_whole": (8, dict(tensor=2, pipeline=2, sequence=True, distributed_optimizer=False)),
 }
@@ -64,7 +73,13 @@ def several(tasks: list[tuple[str, Layout, str]]) -> list[list[float]]:
 
 def test_the_next_losses_are_those_of_the_run_that_went_on(tmp_path: Path) -> None:
     """A covering handful; the whole matrix below takes minutes."""
-    pairs = [("tp2_pp2", ["dp4_distopt", "tp4"]), ("dp4_distopt", ["pp4", "pp2_vpp2_dp2"]), ("dp4", ["tp2_pp2"])]
+    pairs = [
+        ("tp2_pp2", ["dp4_overlap", "tp4_vision1"]),
+        ("dp4_overlap", ["pp4", "cp2_pp2"]),
+        ("dp4", ["tp2_pp2"]),
+        ("tp2_dp2_vision1", ["pp2_dp2_uneven"]),
+        ("cp2_dp2_distopt", ["pp2_vpp2_dp2"]),
+    ]
     tasks = []
     for written, readers in pairs:
         tasks.append(("write", LAYOUTS[written][1], str(tmp_path / written)))

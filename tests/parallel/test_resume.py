@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests import runs
 from tests.ranks import run_ranks
@@ -52,20 +53,25 @@ def test_kill_9_and_resume_is_bitwise_equal(whole: Path, shards: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "layout", "says"),
     [
-        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-        (2, ["parallel.pipeline=2", "parallel.distributed_optimizer=false"]),
-        (2, ["data.micro_packs=2"]),
-        (2, ["parallel.context=2"]),
+        (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.vision=1"], "vision: 2 ranks share out the im"),
+        (2, ["parallel.pipeline=2", "parallel.distributed_optimizer=false"], "pipeline: parallel.layers=[2,2]: stag"),
+        (2, ["data.micro_packs=2"], "going on from"),
+        (2, ["parallel.context=2"], "vision: 2 ranks share out the images of a row, the busiest does 1."),
     ],
     ids=["tp2_sp", "pp2", "dp2_micro2", "cp2"],
 )
-def test_resume_at_another_layout(whole: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str]) -> None:
+def test_resume_at_another_layout(
+    whole: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str], says: str
+) -> None:
     """Written by one process, read by two; optimizer state, data position and all."""
     runs.vlm_nemo("train", *words(shards, tmp_path, "trainer.stop_at=5"))
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000005"
-    runs.vlm_nemo("train", *words(shards, tmp_path, *layout), ranks=ranks)
+    done = runs.vlm_nemo("train", *words(shards, tmp_path, *layout), ranks=ranks)
+    assert says in done.stderr
+    layers = yaml.safe_load((tmp_path / "config.yaml").read_text())["parallel"]["layers"]
+    assert layers == ([2, 2] if "parallel.pipeline=2" in layout else [])
     found, expected = runs.trace(tmp_path), runs.trace(whole)
     assert found[:5] == expected[:5]
     assert [s for s, _, _ in found] == [s for s, _, _ in expected]
@@ -74,16 +80,15 @@ def test_resume_at_another_layout(whole: Path, shards: Path, tmp_path: Path, ran
         assert norm == pytest.approx(true_norm, rel=1e-5)
 
 
-def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.context=2"]], ids=["dp2", "tp2", "cp2"])
+def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path, layout: list[str]) -> None:
     """The distributed optimizer's shares of two data ranks or two context ranks, and two tensor halves, become one
     process's state."""
-    for name, layout in {"dp2": [], "tp2": ["parallel.tensor=2"], "cp2": ["parallel.context=2"]}.items():
-        run_dir = tmp_path / name
-        runs.vlm_nemo("train", *words(shards, run_dir, "trainer.stop_at=4", *layout), ranks=2, fresh=True)
-        runs.vlm_nemo("train", *words(shards, run_dir))
-        for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(run_dir), runs.trace(whole), strict=True):
-            assert loss == pytest.approx(true_loss, rel=1e-5)
-            assert norm == pytest.approx(true_norm, rel=1e-5)
+    runs.vlm_nemo("train", *words(shards, tmp_path, "trainer.stop_at=4", *layout), ranks=2, fresh=True)
+    runs.vlm_nemo("train", *words(shards, tmp_path))
+    for (_, loss, norm), (_, true_loss, true_norm) in zip(runs.trace(tmp_path), runs.trace(whole), strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-5)
 
 
 def test_four_replicas_two_and_four_again(whole: Path, shards: Path, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ TASKS = {
     "words": composed(layout="ovis", tower="aimv2", reduction="hidden_stride", projector="visual_vocabulary"),
     "native": composed(layout="native", tower="qwen25_vit", reduction="merge", language="qwen2_vl"),
     "queries": composed(tower="intern_vit_6b", projector="qformer"),
+    "tiles": composed(layout="canvas", tower="llama32", projector="cross_attention"),
     "perceiver": composed(tower="clip_class_token", projector="perceiver", language="gemma3"),
 }
 SHARED = dict(tensor=2, vision=1)
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
         [
             ("looking", SHARED | dict(sequence=True)),
             ("newline", SHARED | dict(sequence=True)),
+            ("tiles", SHARED),
             ("words", SHARED | dict(sequence=True)),
             ("native", SHARED),
             ("queries", SHARED),

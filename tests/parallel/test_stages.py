@@ -44,7 +44,7 @@ TASKS = {
 }
 FEW = [
     ("five, tied, local and global", dict(pipeline=2, virtual=2, layers=[1, 2, 1, 1])),
-    ("seven, stage 2, tied", dict(pipeline=2, layers=[2, 5])),
+    ("seven, stage 2, tied", dict(pipeline=2, layers=[0, 7])),
 ]
 CASES: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
     "few": (2, FEW),
@@ -55,7 +55,9 @@ CASES: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
             ("five, tied, local and global", dict(pipeline=2, layers=[4, 1])),
             ("seven, stage 1", dict(pipeline=2)),
             ("seven, stage 2, tied", dict(pipeline=2, virtual=2, layers=[1, 3, 1, 2])),
-            ("seven, looking", dict(pipeline=2, layers=[2, 5])),
+            ("seven, looking", dict(pipeline=2, layers=[0, 7])),
+            ("five", dict(pipeline=2, layers=[0, 5], recompute="full")),
+            ("five, tied, local and global", dict(pipeline=2, virtual=2, layers=[0, 2, 1, 2])),
         ],
     ),
     "four": (
@@ -67,6 +69,7 @@ CASES: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
             ("seven, stage 2, tied", dict(pipeline=2, tensor=2, sequence=True, layers=[2, 5])),
             ("seven, stage 2, tied", dict(pipeline=2, virtual=2, layers=[1, 2, 1, 3], distributed_optimizer=True)),
             ("seven, looking", dict(pipeline=4, layers=[1, 2, 1, 3])),
+            ("seven, stage 1", dict(pipeline=4, layers=[0, 3, 2, 2])),
         ],
     ),
 }

@@ -43,7 +43,10 @@ class Trained:
         for _ in range(count):
             self.done += 1
             mine = tiny.rows(ROWS, seed=100 * self.done)[self.ranks.data_rank :: self.ranks.data]
-            batches = [model_batch(r, self.cfg, image_token=tiny.IMAGE, device=device.device()) for r in mine]
+            place = (self.ranks.context_rank, self.ranks.context)
+            batches = [
+                model_batch(r, self.cfg, image_token=tiny.IMAGE, device=device.device(), context=place) for r in mine
+            ]
             optim.set_rates(self.optimizer, self.optim_cfg, self.done, STEPS)
             result = step.train_step(self.model, self.optimizer, batches, self.optim_cfg.clip_grad)
             speaks = self.ranks.last_stage and self.ranks.tensor_rank == 0
@@ -59,6 +62,7 @@ class Trained:
         )
 
     def save(self, saver: Saver, **more: Any) -> Path:
+        optim.settle(self.model)
         return saver.save(self.done, {"updates": self.done}, **more)
 
 

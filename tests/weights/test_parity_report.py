@@ -15,7 +15,7 @@ from tests.weights.test_round_trip import convert
 from vlm_nemo import cli
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "mllama"])
 def test_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     zoo.save(tmp_path / "hf", name)
     (tmp_path / "cat.png").write_bytes(png(19, 33, 0))

@@ -68,6 +68,9 @@ def test_a_tower_and_a_decoder_are_trained_with_a_fresh_projector(tmp_path: Path
     runs.vlm_nemo("train", *words)
     trained = checkpoint.find(tmp_path / "run")
     assert (trained.name, checkpoint.verify(trained)) == ("step_000002", [])
+    for part in ("vision", "language"):  # frozen: the same files, whatever became of the checkpoint between
+        (file,) = (tmp_path / "start" / "weights").glob(f"{part}_*")
+        assert file.samefile(trained / "weights" / file.name) and file.stat().st_nlink == 2
     before, after = (dict(_unused(folder)) for folder in (tmp_path / "start", trained))
     assert len(before) == 16 + 2 and before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

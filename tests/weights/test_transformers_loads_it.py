@@ -184,6 +184,7 @@ def test_a_family_s_chat_template_says_what_training_saw(tmp_path: Path, family:
         said = theirs.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         assert said.count(mark) == 1 if mark else "<image>" not in said
         assert said.index(QUESTION) >= said.index(mark)
+        assert not template.preamble or template.preamble not in said, "of conversations without images"
     assert template_of(tmp_path / "back") == FAMILIES[family].template
 
 

@@ -28,7 +28,9 @@ class Knob:
     peak: int
 
 
-def knobs(parallel: ParallelConfig, world: int) -> Iterator[tuple[tuple[str, ...], ParallelConfig]]:
+def knobs(
+    parallel: ParallelConfig, world: int, vision_learns: bool = False
+) -> Iterator[tuple[tuple[str, ...], ParallelConfig]]:
     """Changes to try: what costs least speed first."""
     if not parallel.distributed_optimizer:
         yield ("parallel.distributed_optimizer=true",), replace(parallel, distributed_optimizer=True)
@@ -36,6 +38,10 @@ def knobs(parallel: ParallelConfig, world: int) -> Iterator[tuple[tuple[str, ...
         yield ("parallel.sequence=true",), replace(parallel, sequence=True)
     if vision_alone(parallel):
         yield ("parallel.vision=null",), replace(parallel, vision=None)
+    if vision_learns and parallel.recompute_vision != "full":
+        yield ("parallel.recompute_vision=full",), replace(parallel, recompute_vision="full")
+    if parallel.recompute == "none":
+        yield ("parallel.recompute=selective",), replace(parallel, recompute="selective")
     if parallel.recompute != "full":
         yield ("parallel.recompute=full",), replace(parallel, recompute="full")
     tensor = 2 * parallel.tensor
@@ -66,14 +72,16 @@ def better_cut(costs: Costs, parallel: ParallelConfig) -> str:
     )
     if now > best * (1 + WORTH):
         return f"{what}; parallel.layers=[] makes it {best:.2f} x"
-    if parallel.layers[0] == 1 and costs.first > sum(costs.layers) / len(costs.layers) and now > 1 + SKEWED:
+    if parallel.layers[0] == 0 and now > 1 + SKEWED:
         return f"{what}; the images alone fill the first stage: lower parallel.pipeline, or raise parallel.tensor"
     return what
 
 
-def first_that_fits(parallel: ParallelConfig, world: int, limit: int, peak: Peak) -> Knob | None:
+def first_that_fits(
+    parallel: ParallelConfig, world: int, limit: int, peak: Peak, vision_learns: bool = False
+) -> Knob | None:
     """The first of `knobs` under which the fullest rank needs no more than `limit` bytes."""
-    for words, changed in knobs(parallel, world):
+    for words, changed in knobs(parallel, world, vision_learns):
         try:
             found = peak(changed)
         except UserError:  # this model does not split so

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,7 +76,8 @@ def stage_needs(
         kinds = range(parallel.virtual) if parallel.virtual > 1 else [None]
         chunks = [VLM(cfg, parallel, device.PRECISIONS[precision], vp_stage=kind) for kind in kinds]
         optim.freeze(chunks, optim.part_rates(optimizer))
-        model = optim.wrap(chunks, parallel)
+        # What overlaps needs no more memory, and cannot end where nothing finishes the step
+        model = optim.wrap(chunks, replace(parallel, overlap_grad_reduce=False, overlap_param_gather=False))
         for chunk in model:  # what finishes a step's gradients sums over the data group: counted below
             chunk.config.finalize_model_grads_func = chunk.config.grad_scale_func = None
         parameters: dict[str, int] = {}

@@ -27,10 +27,12 @@ GRADIENT = 1e-4
 TIMEOUT = 600.0
 """Seconds that all cases of one number of processes may take."""
 
+OVERLAPPED: dict[str, Any] = dict(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "packed": (1, "packed", {}),
     "packed, two rows at once": (1, "double", {}),
-    "recompute": (1, "packed", dict(recompute="full")),
+    "recompute": (1, "packed", dict(recompute="full", recompute_vision="full")),
+    "recompute selective": (1, "packed", dict(recompute="selective")),
     "tensor 2": (2, "packed", dict(tensor=2)),
     "tensor 2, sequence": (2, "packed", dict(tensor=2, sequence=True)),
     "tensor 2, sequence, recompute": (2, "packed", dict(tensor=2, sequence=True, recompute="full")),
@@ -42,6 +44,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "data 2, distributed optimizer": (2, "packed", dict(distributed_optimizer=True)),
     "context 2": (2, "packed", dict(context=2)),
     "context 2, recompute": (2, "packed", dict(context=2, recompute="full")),
+    "data 2, overlapped": (2, "packed", OVERLAPPED),
     "tensor 4, sequence": (4, "packed", dict(tensor=4, sequence=True)),
     "pipeline 4": (4, "packed", dict(pipeline=4)),
     "tensor 2, pipeline 2, sequence": (4, "packed", dict(tensor=2, pipeline=2, sequence=True)),
@@ -52,9 +55,11 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     ),
     "context 4": (4, "packed", dict(context=4)),
     "context 2, tensor 2, sequence": (4, "packed", dict(context=2, tensor=2, sequence=True)),
+    "context 2, tensor 2, images shared out": (4, "packed", dict(context=2, tensor=2, vision=1, sequence=True)),
     "context 2, pipeline 2, virtual 2": (4, "packed", dict(context=2, pipeline=2, virtual=2)),
     "context 2, data 2, distributed optimizer": (4, "packed", dict(context=2, distributed_optimizer=True)),
     "pipeline 2, data 2, distributed optimizer": (4, "packed", dict(pipeline=2, distributed_optimizer=True)),
+    "pipeline 2, data 2, overlapped": (4, "packed", dict(pipeline=2, **OVERLAPPED)),
 }
 """Name -> processes, rows, and what differs from one process. All are tried that the twin's sizes allow."""
 PLAIN: dict[str, Any] = dict(
@@ -66,7 +71,10 @@ PLAIN: dict[str, Any] = dict(
     context=1,
     sequence=False,
     distributed_optimizer=False,
+    overlap_grad_reduce=False,
+    overlap_param_gather=False,
     recompute="none",
+    recompute_vision="none",
 )
 
 

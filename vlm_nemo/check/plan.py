@@ -181,28 +181,30 @@ def _shared_images(job: Job) -> list[str]:
     """How evenly a row's images are shared out over tensor and context ranks, where they are."""
     if (sharing := image_ranks(job.parallel)) == 1:
         return []
-    busiest = uneven(job.model, job.work.grids, sharing)
+    busiest = uneven(job.model, job.work.grids, sharing, job.work.views)
     return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
 
 
 def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:
-    """Bytes of what is trained that a rank of the fullest stage writes: replicas share out what they all hold."""
+    """Bytes of what is trained that a rank of the fullest stage writes: ranks share out what they all hold."""
     element = 2 if job.precision == "bf16" else 4
-    whole = 1 if job.parallel.distributed_optimizer else job.replicas
-    return max(s.trained * element / job.replicas + s.optimizer / whole for s in stages)
+    holders = job.replicas * job.parallel.context
+    whole = 1 if job.parallel.distributed_optimizer else holders
+    return max(s.trained * element / holders + s.optimizer / whole for s in stages)
 
 
 def _with_recompute(job: Job) -> list[StageNeeds] | None:
-    if job.parallel.recompute == "full":
-        return None
-    return needs(replace(job, parallel=replace(job.parallel, recompute="full")))
+    again = replace(job.parallel, recompute="full")
+    if job.optim.vision_lr is not None:
+        again = replace(again, recompute_vision="full")
+    return None if again == job.parallel else needs(replace(job, parallel=again))
 
 
 def _help(job: Job, limit: int) -> str:
     def peak(parallel: ParallelConfig) -> int:
         return max(stage.peak for stage in needs(replace(job, parallel=parallel)))
 
-    found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak)
+    found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak, job.optim.vision_lr is not None)
     if found is None:
         return "no layout of these ranks helps: use more ranks, a shorter data.pack.capacity, or freeze a part"
     return f"{' '.join(found.words)} makes it {found.peak / GIB:.1f} GiB"

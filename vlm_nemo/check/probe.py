@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_nemo.check.made import Subject, row_length
+from vlm_nemo.check.trial import open_gates
 from vlm_nemo.data.packing import pack_batch
 from vlm_nemo.data.sample import EncodedSample
 from vlm_nemo.data.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ def probe(subject: Subject) -> list[Probe]:
     with device.adapter(), torch.no_grad():
         groups.start(ParallelConfig(), seed=0)
         (model,) = build_model(subject.model, ParallelConfig(), "fp32", seed=0)
+        open_gates([model])
         model.eval()
         found = list(_Probes(subject, model).all())
         groups.stop()
@@ -126,7 +128,8 @@ class _Probes:
             before = max(before, _largest(moved[span[0] : first]))
             behind &= _largest(moved[first : span[1]]) > SAME
         yield _unmoved("another image -> logits of other samples", worst)
-        yield _unmoved("another image -> logits before it", before)
+        if not self.model.looks:  # in front of a sample's images all of them are looked at, as Llama 3.2 Vision does it
+            yield _unmoved("another image -> logits before it", before)
         yield _moved("another image -> logits of its sample behind it", behind)
 
     def reversed(self) -> Probe:
@@ -172,16 +175,22 @@ def tower_probes(model: VLM, images: Images[Tensor], cfg: VisionConfig) -> Itera
     last = (rows - 1) * grids[0][1] + columns - 1
     other = images.patches.clone()
     other[last] = 255 - other[last]
-    before, after = (model.vision(vision_batch(p, images.grids, cfg)) for p in (images.patches, other))
+    given = (images.grids, cfg, images.tilings)
+    before, after = (model.vision(vision_batch(p, *given)) for p in (images.patches, other))
     moved = (after - before).abs().amax(-1) / float(before.abs().max())
     kept = int(cfg.class_token and cfg.keep_class_token)
     first, end = kept, kept + grids[0][0] * grids[0][1]
+    others = "views"
+    if cfg.tiles is not None:  # the tiles of an image see one another, those that only fill it up too
+        end, others = cfg.tiles * end, "images"
     if last > 0:
         sees = float(moved[first]) > SAME
         yield _moved("the last patch of a view -> the feature of its first", sees)
     if len(grids) > 1:
         outside = _largest(moved[end:])
-        yield Probe(what="a patch -> features of other views", wanted="unmoved", seen=_by(outside), ok=outside <= SAME)
+        yield Probe(
+            what=f"a patch -> features of other {others}", wanted="unmoved", seen=_by(outside), ok=outside <= SAME
+        )
 
 
 def first_slots(images: Images[Tensor]) -> list[int]:

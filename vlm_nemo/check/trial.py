@@ -25,6 +25,7 @@ from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.types import PackedBatch
 
 WITNESS = "witness.safetensors"
+GATE = 0.5
 RATE = 1e-2
 """Of the parts that learn: one update moves the loss visibly."""
 
@@ -75,6 +76,7 @@ def trial(subject: Subject, case: Case, rows: Sequence[PackedBatch], witness: Pa
     cfg, rates = subject.model, trial_rates(subject.optim)
     ranks = groups.lay_out(case.parallel, seed=0)
     chunks = build_model(cfg, case.parallel, "fp32", seed=0)
+    open_gates(chunks)
     optim.freeze(chunks, optim.part_rates(rates))
     model = optim.wrap(chunks, case.parallel)
     optimizer = optim.build_optimizer(rates, case.parallel, "fp32", model)
@@ -99,6 +101,14 @@ def trial(subject: Subject, case: Case, rows: Sequence[PackedBatch], witness: Pa
             else:
                 largest = written(chunks, witness)
     return Outcome(loss=losses[0], later=losses[1], norm=norms[0], largest=largest, off=off)
+
+
+def open_gates(chunks: Sequence[VLM]) -> None:
+    """A fresh model's gates are shut, and nothing behind them would show."""
+    with torch.no_grad():
+        for local in local_parameters(chunks):
+            if local.boxes[0].key.endswith("_gate"):
+                local.parameter.fill_(GATE)
 
 
 def trial_rates(cfg: OptimConfig) -> OptimConfig:

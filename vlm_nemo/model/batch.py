@@ -114,6 +114,13 @@ def looks_of(images: Images[Tensor], bounds: list[int], cfg: ModelConfig) -> Loo
     return make_looks(bounds, images.slots.tolist(), images.embeddings.tolist(), features_of(images, cfg))
 
 
+def looked(row: PackedBatch, cfg: ModelConfig) -> list[tuple[int, int]]:
+    """So many tokens look at so many features, in each layer of the decoder that looks at images."""
+    looks = looks_of(row.images, row.cu_seqlens.tolist(), cfg)
+    ranges = () if looks is None else looks.ranges
+    return [(stop - start, sum(last - first for first, last in spans)) for start, stop, spans in ranges]
+
+
 def model_batch(
     row: PackedBatch,
     cfg: ModelConfig,

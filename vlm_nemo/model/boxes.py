@@ -43,10 +43,6 @@ class LocalParameter:
     name: str
     parameter: nn.Parameter
     boxes: tuple[Box, ...]
-    owner: bool
-    """Whether this process, of all that hold the same boxes, writes them to a checkpoint."""
-    model_owner: bool
-    """The same among the processes that see the same data: of all data ranks, several are."""
 
     @property
     def part(self) -> str:
@@ -93,7 +89,6 @@ def split_rows(key: str, parameter: nn.Parameter, offset: int, total: int) -> Sh
 def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
     """Every parameter of this process's model chunks (unwrapped VLMs), in their order."""
     found: list[LocalParameter] = []
-    other_tensor_rank = parallel_state.get_tensor_model_parallel_rank() > 0
     for chunk in chunks:
         sharded = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
         by_address = {}
@@ -113,12 +108,5 @@ def local_parameters(chunks: Sequence[nn.Module]) -> list[LocalParameter]:
                 )
                 for p in parts
             )
-            # megatron numbers the holders of equal data: (pipeline, tensor, data) copies; zeros are the first.
-            *model_copy, data_copy = entry.replica_id
-            # What is whole on every tensor rank knows only itself there
-            model_owner = not any(model_copy) and not (is_shared(parameter) and other_tensor_rank)
-            owner = model_owner and data_copy == 0
-            found.append(
-                LocalParameter(name=name, parameter=parameter, boxes=boxes, owner=owner, model_owner=model_owner)
-            )
+            found.append(LocalParameter(name=name, parameter=parameter, boxes=boxes))
     return found

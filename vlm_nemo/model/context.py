@@ -113,11 +113,11 @@ def cut_looks(looks: Looks, pieces: Sequence[Piece], tokens: Tensor) -> Looks:
     ranges: list[Look] = []
     at = 0
     for piece in pieces:
-        for start, stop, spans in looks.ranges:
+        for start, stop, features in looks.ranges:
             low, high = max(start, piece.start), min(stop, piece.stop)
             if low < high:
                 here = at - piece.start
-                ranges.append((here + low, here + high, spans))
+                ranges.append((here + low, here + high, features))
         at += piece.stop - piece.start
     return Looks(ranges=tuple(ranges), seen=looks.seen.index_select(0, tokens))
 

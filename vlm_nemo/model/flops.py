@@ -1,10 +1,10 @@
 """Floating-point operations that a step needs, for an honest MFU.
 
-Counted: matrix products over real tokens and patches. Not counted: padding, blank stand-ins, recomputation, attention
-across samples, what an image's tokens see of those behind them, gradients of frozen weights, the head where no label
-is. A matrix product of P parameters over T tokens is 2 P T forward; backward adds 2 P T for the input's gradient where
-something upstream learns, and 2 P T for the weights' where they learn. Causal attention of a sample of s tokens is
-2 s^2 d a layer forward (half of the full square), twice that backward.
+Counted: matrix products over real tokens and patches. Not counted: padding, blank stand-ins, tiles that only fill an
+image up, recomputation, attention across samples, what an image's tokens see of those behind them, gradients of frozen
+weights, the head where no label is. A matrix product of P parameters over T tokens is 2 P T forward; backward adds 2 P
+T for the input's gradient where something upstream learns, and 2 P T for the weights' where they learn. Causal
+attention of a sample of s tokens is 2 s^2 d a layer forward (half of the full square), twice that backward.
 """
 
 from __future__ import annotations
@@ -42,16 +42,19 @@ def step_flops(
     lengths: Sequence[int],
     grids: Sequence[Grid],
     supervised: int,
+    views: Sequence[int] | None = None,
+    looked: Sequence[tuple[int, int]] = (),
     known: Sequence[Grid] = (),
 ) -> Flops:
     """FLOPs of forward and backward.
 
     trained: part -> whether it learns; lengths: tokens of every sample, image tokens included; grids: of every view
-    that the tower looked at; supervised: labels that take part in the loss; known: grids of the views whose features
-    were known before.
+    that the tower looked at; supervised: labels that take part in the loss; views: of every image that the tower looked
+    at, None = one; looked: so many tokens look at so many features, where the decoder has layers for it; known: grids
+    of the views whose features were known before.
     """
     lang = cfg.language
-    linear, attention, embed = _tower(cfg.vision, grids)
+    linear, attention, embed = _tower(cfg.vision, grids, [1] * len(grids) if views is None else views)
     vision = (linear + attention) * (3 if trained["vision"] else 1) + embed * (2 if trained["vision"] else 1)
 
     projector = 0.0
@@ -59,31 +62,54 @@ def step_flops(
         upstream = trained["vision"] or (i > 0 and trained["projector"])
         projector += 2 * parameters * rows * (1 + upstream + trained["projector"])
 
-    language = sum(layer_flops(lang, layer, trained, lengths) for layer in range(lang.num_layers))
+    features = sum(view_tokens(spec_of(cfg), grid) for grid in [*grids, *known]) if lang.cross_attention_layers else 0
+    language = sum(layer_flops(lang, layer, trained, lengths, looked, features) for layer in range(lang.num_layers))
     passes = 1 + any(trained.values()) + trained["language"]
     head = 2 * lang.hidden_size * lang.vocab_size * supervised * passes
     return Flops(vision=float(vision), projector=float(projector), language=language, head=float(head))
 
 
-def layer_flops(lang: LanguageConfig, layer: int, trained: Mapping[str, bool], lengths: Sequence[int]) -> float:
-    """FLOPs of forward and backward of one layer of the decoder, counted from 0; see `step_flops`."""
+def layer_flops(
+    lang: LanguageConfig,
+    layer: int,
+    trained: Mapping[str, bool],
+    lengths: Sequence[int],
+    looked: Sequence[tuple[int, int]] = (),
+    features: int = 0,
+) -> float:
+    """FLOPs of forward and backward of one layer of the decoder, counted from 0; see `step_flops`.
+
+    features: of all images, where the layer is one that looks at them.
+    """
     backward_through = any(trained.values())
-    linear = 2 * decoder_layer(lang) * sum(lengths) * (1 + backward_through + trained["language"])
-    seen = sum(_seen(lang, layer, n) for n in lengths)
+    if layer in lang.cross_attention_layers:
+        work = _looking(lang, looked, features)
+        seen: float = sum(tokens * those for tokens, those in looked)
+    else:
+        work = decoder_layer(lang) * sum(lengths)
+        seen = sum(_seen(lang, layer, n) for n in lengths)
+    linear = 2 * work * (1 + backward_through + trained["language"])
     return linear + 4 * _head_dim(lang) * lang.num_heads * seen * (3 if backward_through else 1)
 
 
-def view_flops(cfg: ModelConfig, grid: Grid) -> float:
-    """FLOPs of forward of one view through tower and projector: their matrices grow with its patches, the tower's
-    attention with their square."""
-    projector = sum(2 * parameters * rows for parameters, rows in _projections(cfg, [grid]))
-    return float(sum(_tower(cfg.vision, [grid])) + projector)
+def view_flops(cfg: ModelConfig, grid: Grid, tiles: int = 1) -> float:
+    """FLOPs of forward of one view, or an image's tiles, through tower and projector: their matrices grow with the
+    patches, the tower's attention with their square."""
+    grids = [grid] * tiles
+    projector = sum(2 * parameters * rows for parameters, rows in _projections(cfg, grids))
+    return float(sum(_tower(cfg.vision, grids, [tiles])) + projector)
 
 
 def decoder_layer(lang: LanguageConfig) -> int:
     """Parameters in the matrices of one layer."""
     attention = lang.hidden_size * _head_dim(lang) * (2 * lang.num_heads + 2 * lang.num_kv_heads)
     return attention + 3 * lang.hidden_size * lang.ffn_hidden_size
+
+
+def _looking(lang: LanguageConfig, looked: Sequence[tuple[int, int]], features: int) -> int:
+    """Parameters times rows in the matrices of a layer that looks at images: the text's, then the features'."""
+    keys = 2 * lang.hidden_size * _head_dim(lang) * lang.num_kv_heads
+    return (decoder_layer(lang) - keys) * sum(tokens for tokens, _ in looked) + keys * features
 
 
 def _head_dim(lang: LanguageConfig) -> int:
@@ -98,18 +124,23 @@ def _seen(lang: LanguageConfig, layer: int, n: int) -> float:
     return lang.window * n - lang.window**2 / 2
 
 
-def _tower(v: VisionConfig, grids: Sequence[Grid]) -> tuple[int, int, int]:
+def _tower(v: VisionConfig, grids: Sequence[Grid], views: Sequence[int]) -> tuple[int, int, int]:
     """Forward: the layers' matrices, their attention, and the patches' own product."""
     patches = sum(rows * columns for rows, columns in grids)
     tokens = patches + len(grids) * v.class_token
     layer = 4 * v.hidden_size**2 + (3 if v.gated else 2) * v.hidden_size * v.ffn_hidden_size
-    pairs = sum(
-        _pairs(v, grid, None if v.window is None or i in v.full_attention_layers else v.window // v.patch_size)
-        for i in range(layers_used(v))
-        for grid in grids
-    )
+    layers = layers_used(v) + v.global_layers
+    if v.tiles is None:
+        pairs = sum(
+            _pairs(v, grid, None if v.window is None or i in v.full_attention_layers else v.window // v.patch_size)
+            for i in range(layers)
+            for grid in grids
+        )
+    else:  # the tiles of an image see one another
+        one = grids[0][0] * grids[0][1] + v.class_token if grids else 0
+        pairs = layers * sum((count * one) ** 2 for count in views)
     embed = 2 * 3 * v.patch_size**2 * v.temporal_patch_size * v.hidden_size * patches
-    return 2 * layers_used(v) * layer * tokens, 4 * v.hidden_size * pairs, embed
+    return 2 * layers * layer * tokens, 4 * v.hidden_size * pairs, embed
 
 
 def _pairs(v: VisionConfig, grid: Grid, window: int | None) -> int:
@@ -125,10 +156,10 @@ def _projections(cfg: ModelConfig, grids: Sequence[Grid]) -> Iterator[tuple[int,
     p, spec, wide = cfg.projector, spec_of(cfg), cfg.language.hidden_size
     embeddings = sum(view_tokens(spec, grid) for grid in grids)
     features = sum(rows * columns for rows, columns in grids) + len(grids) * spec.class_token
-    given = cfg.vision.hidden_size * (1 if cfg.reduce.kind == "average_pool" else spec.factor**2)
+    given = cfg.vision.feature_size * (1 if cfg.reduce.kind == "average_pool" else spec.factor**2)
     if p.kind in ("mlp", "cross_attention"):
-        hidden = p.hidden_size or wide
-        widths = [given, *[hidden] * (p.num_layers - 1), wide]
+        hidden, layers = p.hidden_size or wide, p.num_layers if p.kind == "mlp" else 1
+        widths = [given, *[hidden] * (layers - 1), wide]
         yield from ((a * b, embeddings) for a, b in zip(widths, widths[1:], strict=False))
     elif p.kind == "visual_vocabulary":
         yield given * (p.vocabulary - p.indicators), embeddings

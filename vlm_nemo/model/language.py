@@ -111,6 +111,7 @@ def language_config(
         parallel,
         dtype,
         pipelined=True,
+        recompute=parallel.recompute,
         extra=extra,
         num_layers=cfg.num_layers,
         pipeline_model_parallel_layout=cut,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from vlm_nemo.data.layout.spec import ImageSpec, image_spec
+from vlm_nemo.data.layout.tiles import INDICATORS
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.types import UserError
 
 
 def spec_of(cfg: ModelConfig) -> ImageSpec:
     """Layout, sizes and reduction of a model. Raises UserError where they do not fit one another."""
     vision, projector = cfg.vision, cfg.projector
+    _check_extra_rows(cfg)
     return image_spec(
         cfg.layout,
         size=vision.image_size,
@@ -22,3 +25,22 @@ def spec_of(cfg: ModelConfig) -> ImageSpec:
         cross_attention=projector.kind == "cross_attention",
         tiles=vision.tiles,
     )
+
+
+def _check_extra_rows(cfg: ModelConfig) -> None:
+    """That the projector has the rows which the layout puts between an image's embeddings. Raises UserError."""
+    projector = cfg.projector
+    if projector.kind == "cross_attention":  # nothing is put anywhere
+        return
+    if cfg.layout.kind == "anyres" and not projector.newline:
+        raise UserError(
+            "model.layout.kind=anyres ends every row of tiles with a learned vector, but model.projector.newline=false "
+            "has none; set model.projector.newline=true (of model.projector.kind=mlp), or another layout"
+        )
+    marks = len(INDICATORS)
+    if cfg.layout.kind == "ovis" and (projector.kind != "visual_vocabulary" or projector.indicators < marks):
+        raise UserError(
+            f"model.layout.kind=ovis puts {marks} marks around and between tiles, but model.projector.kind="
+            f"{projector.kind} with indicators={projector.indicators} has none for them; set "
+            f"model.projector.kind=visual_vocabulary and indicators={marks}, or another layout"
+        )

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -68,18 +69,27 @@ def dealt(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return [sorted(views) for views in taken]
 
 
-def view_costs(cfg: ModelConfig, grids: Sequence[Grid]) -> list[float]:
-    """FLOPs of each view."""
-    known = {grid: view_flops(cfg, grid) for grid in set(grids)}
-    return [known[grid] for grid in grids]
+def costs_of(cfg: ModelConfig, grids: Sequence[Grid], tiles: Sequence[int]) -> list[float]:
+    """FLOPs of each of what is shared out: grids and numbers of tiles, 1 where views go one by one."""
+    known = {piece: view_flops(cfg, *piece) for piece in set(zip(grids, tiles, strict=True))}
+    return [known[piece] for piece in zip(grids, tiles, strict=True)]
 
 
-def uneven(cfg: ModelConfig, rows: Iterable[Sequence[Grid]], ranks: int) -> float:
-    """How much longer the busiest rank takes than if all had equal shares, over rows of such views; at least 1."""
+def uneven(cfg: ModelConfig, rows: Iterable[Sequence[Grid]], ranks: int, views: Sequence[int] | None = None) -> float:
+    """How much longer the busiest rank takes than if all had equal shares, over rows of such views; at least 1.
+
+    views: of every image, one row after the other; needed where tiles go together.
+    """
     busiest = total = 0.0
+    left = iter(views or ())
     for grids in rows:
-        costs = view_costs(cfg, grids)
-        busiest += max(sum(costs[view] for view in views) for views in dealt(costs, ranks))
+        tiles = [1] * len(grids)
+        if cfg.vision.tiles is not None:
+            tiles = []
+            while sum(tiles) < len(grids):
+                tiles.append(next(left))
+        costs = costs_of(cfg, [grids[end - count] for end, count in zip(accumulate(tiles), tiles, strict=True)], tiles)
+        busiest += max(sum(costs[i] for i in taken) for taken in dealt(costs, ranks))
         total += sum(costs)
     return busiest * ranks / total if total else 1.0
 
@@ -103,10 +113,8 @@ def share_views(
         """Embeddings of a view, or of an image, whose unused tiles count."""
         return view_tokens(spec, grid) * (tiles or 1)
 
-    costs = view_costs(cfg, known)
-    together = [sum(costs[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
     counts = [given(known[start]) for start in starts]
-    taken = dealt(together, ranks)
+    taken = dealt(costs_of(cfg, [known[start] for start in starts], sizes), ranks)
     most = max(sum(counts[i] for i in mine) or given((spec.factor, spec.factor)) for mine in taken)
     order = [torch.empty(0)] * len(counts)
     for other, mine in enumerate(taken):

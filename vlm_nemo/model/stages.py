@@ -16,8 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from vlm_nemo.data.layout.spec import view_tokens
+from vlm_nemo.model.batch import looked
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import Grid, layer_flops, step_flops
+from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.share import uneven
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.layout import image_ranks
@@ -37,6 +40,10 @@ class Work:
     """Of every view, row by row."""
     supervised: int
     """Labels that take part in the loss."""
+    views: tuple[int, ...] | None = None
+    """Of every image; None = one each."""
+    looked: tuple[tuple[int, int], ...] = ()
+    """So many tokens look at so many features, in the layers of the decoder that look at images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +66,35 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     is split instead, every context rank embeds all images.
     """
     grids = [grid for row in work.grids for grid in row]
-    all_parts = step_flops(cfg, trained, lengths=work.lengths, grids=grids, supervised=work.supervised)
+    all_parts = step_flops(
+        cfg,
+        trained,
+        lengths=work.lengths,
+        grids=grids,
+        supervised=work.supervised,
+        views=work.views,
+        looked=work.looked,
+    )
+    features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if work.looked else 0
     first = all_parts.vision + all_parts.projector
     sharing = image_ranks(parallel)
-    first *= uneven(cfg, work.grids, sharing) if sharing > 1 else parallel.context
+    first *= uneven(cfg, work.grids, sharing, work.views) if sharing > 1 else parallel.context
     layers = range(cfg.language.num_layers)
     return Costs(
         first=first,
-        layers=tuple(layer_flops(cfg.language, n, trained, work.lengths) for n in layers),
+        layers=tuple(layer_flops(cfg.language, n, trained, work.lengths, work.looked, features) for n in layers),
         last=all_parts.head,
     )
 
 
-def work_of(rows: Sequence[PackedBatch]) -> Work:
+def work_of(rows: Sequence[PackedBatch], cfg: ModelConfig) -> Work:
     """Of packed rows, whatever is in their images."""
     return Work(
         lengths=tuple(length for row in rows for length in row.lengths),
         grids=tuple(tuple((int(h), int(w)) for h, w in row.images.grids.tolist()) for row in rows),
         supervised=sum(row.supervised for row in rows),
+        views=tuple(count for row in rows for count in row.images.views.tolist()),
+        looked=tuple(look for row in rows for look in looked(row, cfg)),
     )
 
 
@@ -95,7 +113,8 @@ def chunk_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
 
 
 def balanced(costs: Costs, parallel: ParallelConfig) -> list[int]:
-    """Layers of every chunk in order, at least one each, so that the dearest stage is as cheap as can be.
+    """Layers of every chunk in order so that the dearest stage is as cheap as can be: at least one each, but that the
+    first stage may have none beside its images.
 
     Exact. With virtual chunks a layer counts as the mean of all: theirs lie scattered over the decoder.
     """
@@ -168,7 +187,8 @@ def _cut(costs: Costs, stages: int) -> list[int]:
         for stage in range(stages):
             after: dict[int, tuple[float, tuple[int, ...]]] = {}
             for start, (value, counts) in reached.items():
-                for end in range(start + 1, total - (stages - stage - 1) + 1):
+                fewest = 0 if stage == 0 and stages > 1 else 1
+                for end in range(start + fewest, total - (stages - stage - 1) + 1):
                     one = cost(stage, start, end)
                     if one > limit:
                         break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import CoreAttention
+from vlm_nemo.model.mlp import SwiGLU, fits
 from vlm_nemo.model.norm import Norm
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
@@ -51,14 +53,15 @@ def transformer_config(
     dtype: torch.dtype,
     *,
     pipelined: bool,
+    recompute: str = "none",
     extra: Mapping[str, Any] | None = None,
     **sizes: Any,
 ) -> TransformerConfig:
     """megatron's config with our decisions filled in.
 
     pipelined: split over pipeline stages (the language model) and its rows over context ranks; the vision tower and
-    projector live whole on the first stage and keep their sequence unsplit. extra: a user's further fields
-    (`model.megatron`), checked by name.
+    projector live whole on the first stage and keep their sequence unsplit. recompute: none, selective or full. extra:
+    a user's further fields (`model.megatron`), checked by name.
 
     Raises UserError for an extra field that megatron-core does not have or that another key decides.
     """
@@ -94,15 +97,20 @@ def transformer_config(
         deallocate_pipeline_outputs=pipelined and (parallel.virtual == 1 or device.on_cuda()),
         **sizes,
     )
-    if pipelined and parallel.recompute == "full":
+    if recompute == "full":
         decided.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif recompute == "selective":
+        decided.update(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])
+    decided["use_te_activation_func"] = fits(decided, extra or {})  # it means: the MLP's activation is a module
     known = {f.name for f in fields(TransformerConfig)}
     for name in extra or {}:
         if name not in known:
             raise UserError(f"model.megatron.{name} is not a field of megatron-core's TransformerConfig")
         if name in decided:
             raise UserError(f"model.megatron.{name} is decided by another key of the recipe; set that one instead")
-    return TransformerConfig(**decided, **(extra or {}))
+    with warnings.catch_warnings():  # one that asks whether selective is meant where attention is fused
+        warnings.filterwarnings("ignore", ".*core_attn", UserWarning)
+        return TransformerConfig(**decided, **(extra or {}))
 
 
 def block_spec(
@@ -146,7 +154,7 @@ def block_spec(
 
 def mlp_spec() -> MLPSubmodules:
     """Column-parallel then row-parallel: one all-reduce over the tensor group."""
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class VisionTower(MegatronModule):
         check(cfg, parallel)
         width, layers = cfg.hidden_size, layers_used(cfg)
         sizes: dict[str, Any] = dict(
+            recompute=parallel.recompute_vision,
             hidden_size=width,
             num_attention_heads=cfg.num_heads,
             ffn_hidden_size=cfg.ffn_hidden_size,
@@ -126,10 +128,14 @@ class VisionTower(MegatronModule):
         given: dict[str, Any] = dict(attention_mask=None, rotary_pos_emb=angles, packed_seq_params=where)
         if not keep:
             return blocks(x.unsqueeze(1), **given).squeeze(1), []
+        again = self.training and blocks.config.recompute_granularity == "full"
         kept, x = {}, x.unsqueeze(1)
         for n, layer in enumerate(blocks.layers):  # megatron's block gives the last one's output only
-            x, _ = layer(x, **given)
-            kept[n] = x
+
+            def through(x: Tensor, layer: nn.Module = layer) -> Tensor:
+                return layer(x, **given)[0]
+
+            x = kept[n] = checkpoint(through, False, x) if again else through(x)
         return x.squeeze(1), [kept[n].squeeze(1) for n in keep]
 
     def embed_tiles(self, views: VisionBatch) -> Tensor:

@@ -37,7 +37,7 @@ class VLM(MegatronModule):
     def __init__(
         self, cfg: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, vp_stage: int | None = None
     ) -> None:
-        check_looks(cfg, parallel)
+        check_looks(cfg)
         config = language_config(cfg.language, parallel, dtype, cfg.megatron)
         super().__init__(config=config)
         self.looks = bool(cfg.language.cross_attention_layers)
@@ -139,7 +139,7 @@ class VLM(MegatronModule):
         return self.language.shared_embedding_or_output_weight()
 
 
-def check_looks(cfg: ModelConfig, parallel: ParallelConfig) -> None:
+def check_looks(cfg: ModelConfig) -> None:
     """Refuse cross-attention that does not fit together. Raises UserError."""
     layers, kind = cfg.language.cross_attention_layers, cfg.projector.kind
     if bool(layers) != (kind == "cross_attention"):
@@ -151,11 +151,6 @@ def check_looks(cfg: ModelConfig, parallel: ParallelConfig) -> None:
         raise UserError(
             f"model.language.cross_attention_layers={list(layers)} are not all among the decoder's "
             f"{cfg.language.num_layers} layers, counted from 0"
-        )
-    if layers and parallel.virtual > 1:
-        raise UserError(
-            "parallel.virtual > 1 sends hidden states of one length only, but with "
-            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
         )
 
 

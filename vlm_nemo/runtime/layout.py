@@ -63,6 +63,9 @@ def _check_sizes(parallel: ParallelConfig) -> None:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1; raise parallel.tensor or set it to false")
     if parallel.virtual > 1 and parallel.pipeline == 1:
         raise UserError(f"parallel.virtual={parallel.virtual} needs parallel.pipeline > 1; set parallel.virtual=1")
+    for name in ("distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and not getattr(parallel, name):
+            raise UserError(f"parallel.overlap_param_gather=true needs parallel.{name}=true; set that too")
 
 
 def vision_alone(parallel: ParallelConfig) -> bool:
@@ -177,6 +180,11 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig) -> None:
 
 
 def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
+    if parallel.virtual > 1 and model.language.cross_attention_layers:
+        raise UserError(
+            f"parallel.virtual={parallel.virtual} sends hidden states of one length only, but with "
+            "model.language.cross_attention_layers an image's features travel with them; set parallel.virtual=1"
+        )
     layers, chunks = model.language.num_layers, parallel.pipeline * parallel.virtual
     what = f"parallel.pipeline={parallel.pipeline}"
     if parallel.virtual > 1:
@@ -186,10 +194,11 @@ def _check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"{what} is deeper than model.language.num_layers={layers}; lower it to {layers} chunks or fewer"
         )
     given = parallel.layers
-    if given and (len(given) != chunks or sum(given) != layers or min(given) < 1):
+    fits = len(given) == chunks and sum(given) == layers and given[0] >= 0 and min(given[1:], default=1) >= 1
+    if given and not fits:
         raise UserError(
-            f"parallel.layers={list(given)} must be {chunks} numbers ({what}), at least 1 each, that sum to "
-            f"model.language.num_layers={layers}; or [], which balances them"
+            f"parallel.layers={list(given)} must be {chunks} numbers ({what}), at least 1 each but for the first, that "
+            f"sum to model.language.num_layers={layers}; or [], which balances them"
         )
 
 

@@ -11,6 +11,7 @@ from vlm_nemo.data.config import DataConfig
 from vlm_nemo.data.ledger import Ledger
 from vlm_nemo.data.loader import StepData
 from vlm_nemo.data.sample import Drop
+from vlm_nemo.model.batch import looked
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import step_flops
 from vlm_nemo.runtime import device, groups
@@ -63,6 +64,8 @@ class Accounting:
                 grids=[grid for batch in data.batches if batch.features is None for grid in _grids(batch)],
                 known=[grid for batch in data.batches if batch.features is not None for grid in _grids(batch)],
                 supervised=supervised,
+                views=[n for batch in data.batches if batch.features is None for n in batch.images.views.tolist()],
+                looked=[look for batch in data.batches for look in looked(batch, self.model_cfg)],
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
             told = [tokens, samples, supervised, flops.total, len(data.local_drops)]

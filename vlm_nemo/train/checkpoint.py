@@ -66,11 +66,8 @@ def save(
     keep: int,
 ) -> Path:
     """Write checkpoints/step_NNNNNN once, collectively; a run that writes several has a Saver."""
-    saver = Saver(folder, ranks=ranks, chunks=chunks, optimizer=optimizer, write_extras=write_extras, keep=keep)
-    try:
+    with Saver(folder, ranks=ranks, chunks=chunks, optimizer=optimizer, write_extras=write_extras, keep=keep) as saver:
         return saver.save(step, state, wait=True)
-    finally:
-        saver.close()
 
 
 def verify(path: Path, ranks: Ranks | None = None, only: tuple[str, ...] = ("",)) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,36 @@ def wrap(chunks: Sequence[VLM], parallel: ParallelConfig) -> list[DistributedDat
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
-    return [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    model = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    if parallel.overlap_param_gather:
+        for wrapped, chunk in zip(model, chunks, strict=True):
+            if chunk.pre_process:
+                chunk.projector.register_forward_pre_hook(_wait_for_all(wrapped))
+    return model
+
+
+def _wait_for_all(wrapped: DistributedDataParallel) -> Callable[..., None]:
+    """megatron waits for a module's own weights when it is called. A projector multiplies by its children's too."""
+    wait = wrapped._make_forward_pre_hook()
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        for child in module.modules():
+            wait(child)
+
+    return hook
+
+
+def settle(model: Sequence[DistributedDataParallel]) -> None:
+    """Have all weights in place, where parallel.overlap_param_gather leaves that to the next forward pass. All ranks
+    together, before weights are read in any other way."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.param_gather_dispatched = False  # the forward pass gathers in its order, as it is used to
 
 
 def build_optimizer(

@@ -46,7 +46,9 @@ LOOK_SECONDS = 0.02
 SAY_SECONDS = 60.0
 UNUSED = f"weights/{UNUSED_FILE}"
 GRACE_SECONDS = 60.0
-"""What a run that ends badly leaves the other ranks to finish the save that is under way."""
+"""What a run that ends leaves the ranks to finish the save that is under way: all of them end it together."""
+BROKEN_SECONDS = 2.0
+"""The same where this rank broke, or lost another, which may never write its part."""
 
 _saves = itertools.count()
 """Every rank saves as often as every other."""
@@ -187,13 +189,19 @@ class Saver:
             raise (UserError if done["user"] else RuntimeError)(done["error"])
         self._frozen.all_stored()
 
-    def close(self) -> None:
-        """Let a save that is under way finish, for a run that ends in whatever way; raises nothing of it."""
-        self._deadline = time.monotonic() + GRACE_SECONDS
+    def close(self, patience: float = GRACE_SECONDS) -> None:
+        """Let a save that is under way finish, for so many seconds; raises nothing of it."""
+        self._deadline = time.monotonic() + patience
         if self._thread is not None:
             self._thread.join()
         self._job = self._thread = None
         self._frozen.close()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(GRACE_SECONDS if kind is None or issubclass(kind, UserError) else BROKEN_SECONDS)
 
     def _work(self, job: _Job) -> None:
         """This rank's part, and on rank 0 the rest. Whatever goes wrong, the others hear of it."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -48,11 +48,15 @@ class StepResult:
     applied: bool
 
 
-def prepare_model(model: Sequence[nn.Module]) -> None:
+def prepare_model(model: Sequence[DistributedDataParallel]) -> None:
     """Tell megatron's schedule how to finish a step's gradients. Once, after wrapping."""
+    # Until a chunk's last micro-batch its gradients stay here, although parallel.overlap_grad_reduce sends early
+    waiting = [chunk.no_sync for chunk in model]
     for chunk in model:
         chunk.config.finalize_model_grads_func = finish_gradients
         chunk.config.grad_scale_func = None
+        if chunk.ddp_config.overlap_grad_reduce:
+            chunk.config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
 
 
 def train_step(

@@ -28,7 +28,7 @@ from vlm_nemo.runtime.signals import StopRequest
 from vlm_nemo.train.accounting import Accounting
 from vlm_nemo.train.config import CheckpointConfig, OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import MetricsWriter
-from vlm_nemo.train.optim import set_rates
+from vlm_nemo.train.optim import set_rates, settle
 from vlm_nemo.train.saver import Saver
 from vlm_nemo.train.step import train_step
 from vlm_nemo.train.vision_cache import Keeper
@@ -175,6 +175,7 @@ class Trainer:
     def _save(self, step: int, loader_state: dict[str, Any], last: bool = False) -> None:
         # Seen is what the order gave out, less what still waits for its row
         self.ledger.assert_whole(loader_state["position"] - len(loader_state["pool"]))
+        settle(self.model)
         state = {"loader": loader_state, "ledger": self.ledger.to_json(), "updates": self.updates}
         ledger = self._ledger_text()
 

@@ -142,13 +142,14 @@ def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int,
         samples = [sample for row in planned[middle : middle + rows] for sample in row]
         row = blank_row(sources.encoder, samples, capacity)
         what = f"a micro-batch of the data's first {len(planned)} rows, the middle one by vision work: "
-        work = first_work(cfg, sources) if cfg.parallel.pipeline > 1 else work_of([row])
+        matters = cfg.parallel.pipeline > 1 or image_ranks(cfg.parallel) > 1
+        work = first_work(cfg, sources) if matters else work_of([row], cfg.model)
         return row, sources.encoder.tokenizer.image_id, what + _what(row), work
     width, height = cfg.check.image
     sample = blank_sample(spec, [plan_image(spec, (width, height))], cfg.check.text)
     row = full_row(spec, sample, capacity)
     what = f"no data to look at, so every sample has an image of {width} x {height} and {cfg.check.text} tokens of text"
-    return row, IMAGE, f"{what}: {_what(row)}", work_of([row])
+    return row, IMAGE, f"{what}: {_what(row)}", work_of([row], cfg.model)
 
 
 def _what(row: PackedBatch) -> str:

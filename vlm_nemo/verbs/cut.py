@@ -19,7 +19,7 @@ from vlm_nemo.model.stages import Work, costs_of, described, resolved, work_of
 from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.runtime.layout import check_layout, image_ranks
+from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train.optim import learns
 from vlm_nemo.types import UserError
 
@@ -32,7 +32,7 @@ ROWS = 16
 def first_work(cfg: Config, sources: Sources) -> Work:
     """What the first rows of the run's data hold. Raises UserError where nothing can be used."""
     planned = sources.planner(cfg.model.language.max_positions).step(ROWS).rows
-    return work_of([blank_row(sources.encoder, row, cfg.data.pack.capacity) for row in planned])
+    return work_of([blank_row(sources.encoder, row, cfg.data.pack.capacity) for row in planned], cfg.model)
 
 
 def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, list[str]]:
@@ -47,7 +47,7 @@ def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, 
         return parallel, lines
     if ranks.main:
         if not parallel.layers and saved is not None:
-            parallel = replace(parallel, layers=_of_checkpoint(cfg, ranks, saved))
+            parallel = replace(parallel, layers=cut_of_checkpoint(cfg, saved))
         try:
             tokenizer = Tokenizer(cfg.data.tokenizer)
             work = first_work(cfg, open_sources(cfg.data, spec_of(cfg.model), tokenizer, seed=cfg.seed))
@@ -66,7 +66,7 @@ def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:
         costs = costs_of(cfg.model, parallel, learns(cfg.optim), work)
         lines.append(f"pipeline: {described(costs, parallel.layers, parallel.pipeline)}, by the first {ROWS} rows")
     if (sharing := image_ranks(parallel)) > 1:
-        busiest = uneven(cfg.model, work.grids, sharing)
+        busiest = uneven(cfg.model, work.grids, sharing, work.views)
         lines.append(
             f"vision: {sharing} ranks share out the images of a row, the busiest does {busiest:.2f} x the mean, by the "
             f"first {ROWS} rows"
@@ -74,11 +74,8 @@ def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:
     return lines
 
 
-def _of_checkpoint(cfg: Config, ranks: Ranks, saved: Path) -> list[int]:
+def cut_of_checkpoint(cfg: Config, saved: Path) -> list[int]:
     """How the checkpoint's run was cut; empty where that does not fit this layout."""
     was = yaml.safe_load((saved / "config.yaml").read_text()).get("parallel", {}).get("layers", [])
-    try:
-        check_layout(replace(cfg.parallel, layers=was), cfg.model, world_size=ranks.world)
-    except UserError:
-        return []
-    return was
+    chunks = cfg.parallel.pipeline * cfg.parallel.virtual
+    return was if len(was) == chunks and sum(was) == cfg.model.language.num_layers else []

@@ -126,21 +126,22 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         (folder / "config.yaml").write_text(config_text)
         tokenizer.save(folder / "tokenizer")
 
-    saver = Saver(
-        run_dir / "checkpoints",
-        ranks=ranks,
-        chunks=chunks,
-        optimizer=optimizer,
-        write_extras=write_extras,
-        keep=cfg.checkpoint.keep,
-        asynchronous=cfg.checkpoint.asynchronous,
-        frozen=[part for part, rate in optim.part_rates(cfg.optim).items() if rate is None],
-        source=source,
-        fresh=fresh,
-        # In memory: the checkpoint that it comes from may be gone before this run's first one is written
-        unused=tensors.read_unused(source / "weights", skip_parts=fresh) if source and ranks.main else [],
+    saver = opened.enter_context(
+        Saver(
+            run_dir / "checkpoints",
+            ranks=ranks,
+            chunks=chunks,
+            optimizer=optimizer,
+            write_extras=write_extras,
+            keep=cfg.checkpoint.keep,
+            asynchronous=cfg.checkpoint.asynchronous,
+            frozen=[part for part, rate in optim.part_rates(cfg.optim).items() if rate is None],
+            source=source,
+            fresh=fresh,
+            # In memory: the checkpoint that it comes from may be gone before this run's first one is written
+            unused=tensors.read_unused(source / "weights", skip_parts=fresh) if source and ranks.main else [],
+        )
     )
-    opened.callback(saver.close)
 
     # 3. The loop
     metrics = None
@@ -151,7 +152,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
             metrics.say(f"going on from {saved.path} (step {start})")
         if cfg.checkpoint.asynchronous and not saver.asynchronous:
             log.warning(f"checkpoints are not written in the background: their copies need {saver.room}")
-        elif saver.asynchronous and (cfg.checkpoint.every or 0) < cfg.trainer.steps:
+        elif saver.asynchronous and 0 < cfg.checkpoint.every < cfg.trainer.steps:
             metrics.say(f"checkpoints are written in the background, from copies: {saver.room}")
         if loader.loader is not None and loader.loader.first_lengths:
             line, warning = judge_packing(loader.loader.first_lengths, loader.loader.cycle, cfg.data.pack)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import count, groupby
 from pathlib import Path
 
 import torch
@@ -57,8 +58,12 @@ def to_checkpoint(
                 say(_growth(added, cfg.language.vocab_size, grown))
         chosen = template or next((t for f in folders if (t := template_of(f.path))), None) or _usual(folders)
         (draft / "weights").mkdir()
-        for number, shard in enumerate(in_shards(_weights(folders, cfg, grown, dtype), max_bytes), 1):
-            tensors.write(draft / "weights" / f"part_{number:05d}.safetensors", shard)
+        # A file holds one part alone, so that a run which does not train that part can share it
+        numbers = count(1)
+        for part, items in groupby(_weights(folders, cfg, grown, dtype), key=lambda item: item[0].key.split(".", 1)[0]):
+            for shard in in_shards(items, max_bytes):
+                tensors.write(draft / "weights" / f"{part}_{next(numbers):05d}.safetensors", shard)
+                shard.clear()
         tensors.write(draft / "weights" / UNUSED_FILE, _unused(folders, cfg))
         cfg.language.vocab_size = grown
         stored = str(dtype).removeprefix("torch.") if dtype else _dtype(folders)

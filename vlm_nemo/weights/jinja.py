@@ -53,7 +53,7 @@ def _preamble(text: str, mark: str) -> str:
     """Sets what stands before the system's text: nothing where any message has an image."""
     inside = " or ".join(f"{q(name)} in message['content']" for name in dict.fromkeys((IMAGE_MARKER, mark)))
     kinds = "message['content'] | selectattr('type', 'equalto', 'image') | list"
-    seen = f"({inside}) if message['content'] is string else ({kinds})"
+    seen = f"(({inside}) if message['content'] is string else ({kinds}))"
     return "".join(
         [
             run(f"set ns = namespace(preamble={q(text)})"),
