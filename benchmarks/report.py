@@ -94,7 +94,7 @@ def save(
     content = {
         "claim": claim,
         "figure": figure,
-        "command": f"python -m benchmarks.{name}" + (" --quick" if args.quick else ""),
+        "command": f"python -m benchmarks.{name}" + (" --quick" if args.quick else _asked(args)),
         "date": datetime.date.today().isoformat(),
         "hardware": on or hardware(),
         "python": platform.python_version(),
@@ -105,6 +105,12 @@ def save(
     (folder / f"{file or name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if folder == RESULTS:
         README.write_text(with_table(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+
+
+def _asked(args: argparse.Namespace) -> str:
+    """ " --pairs 3": how often it was measured, where the command has such an option and it was given."""
+    counts = {"pairs": getattr(args, "pairs", None), "steps": getattr(args, "steps", None)}
+    return "".join(f" --{name} {count}" for name, count in counts.items() if count is not None)
 
 
 def with_table(readme: str, results: Path) -> str:

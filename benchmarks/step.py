@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, raw = [], []
     for stage in args.stages:
         with tempfile.TemporaryDirectory() as data:
-            out = make(Path(data), stage, *((24, 3) if args.quick else (1500, 256)))
+            out = make(Path(data), stage, *((24, 3) if args.quick else (1500, 256) if gpu else (300, 24)))
             profile = Path(args.profile) / f"step_{slug}_stage{stage}.txt" if args.profile else None
             for setting in settings(stage, gpu=gpu, quick=args.quick, steps=args.steps):
                 found = attempt(setting, out, profile=profile, quick=args.quick, gpu=gpu)

@@ -27,7 +27,9 @@ from vlm_nemo.data.tokenizer import Tokenizer
 NAMES = ("checkpoint", "decode", "records", "loader", "packing", "peers_cpu", "step", "features")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "features" else []) for name in NAMES]
+)
 def test_it_runs_and_writes_its_results(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = ["--stages", "2"] if name in ("step", "features") else []
     importlib.import_module(f"benchmarks.{name}").main(["--quick", "--results", str(tmp_path), *stages])

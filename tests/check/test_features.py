@@ -54,7 +54,7 @@ def test_the_plan_says_it_and_fails_where_it_cannot_be(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*runs.TINY, *runs.data_words(shards), f"data.vision_cache={tmp_path}/cache", "optim.vision_lr=null"]
-    asked = translate(words, CheckRoot, recipes=True, positional=None)
+    asked = translate(words, CheckRoot, recipes=True)
     cfg = build(compose("check", CheckRoot, asked.overrides, asked.recipe), CheckRoot)
     plain = Finding(part="plan", ok=True, verdict="fits")
     found = check._with_cache(cfg, plain, there_is_data=True)
