@@ -55,10 +55,10 @@ def test_a_run_folder_holds_what_it_promises(stages: Path) -> None:
     line = runs.metrics(run_dir)[-1]
     assert set(line) == {
         *("step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens", "samples", "tokens_per_s", "mfu"),
-        *("data_wait_s", "fill", "vision_balance", "delay", "skipped"),
+        *("data_wait_s", "fill", "vision_balance", "delay", "skipped", "balance_loss", "router_z_loss"),
     }
     assert 0.9 < line["fill"] <= 1 and 0 < line["delay"] < 1000
-    assert line["mfu"] is None and line["step"] == 4 and line["skipped"] == 0
+    assert line["mfu"] is line["balance_loss"] is line["router_z_loss"] is None and line["step"] == 4 and line["skipped"] == 0
     ledger = json.loads((run_dir / "ledger.json").read_text())
     assert set(ledger) == {"seen", "used", "dropped", "sources"} and ledger["seen"] == ledger["used"]
     assert sum(m["samples"] for m in runs.metrics(run_dir)) == ledger["used"]
