@@ -58,7 +58,11 @@ def test_a_run_folder_holds_what_it_promises(stages: Path) -> None:
         *("data_wait_s", "fill", "vision_balance", "delay", "skipped", "balance_loss", "router_z_loss"),
     }
     assert 0.9 < line["fill"] <= 1 and 0 < line["delay"] < 1000
-    assert line["mfu"] is line["balance_loss"] is line["router_z_loss"] is None and line["step"] == 4 and line["skipped"] == 0
+    assert (
+        line["mfu"] is line["balance_loss"] is line["router_z_loss"] is None
+        and line["step"] == 4
+        and line["skipped"] == 0
+    )
     ledger = json.loads((run_dir / "ledger.json").read_text())
     assert set(ledger) == {"seen", "used", "dropped", "sources"} and ledger["seen"] == ledger["used"]
     assert sum(m["samples"] for m in runs.metrics(run_dir)) == ledger["used"]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,9 +130,11 @@ def test_an_error_is_one_line_and_the_one_before_stays(
     assert checkpoint.find(tmp_path).name == "step_000001" and not list(tmp_path.glob(".step*"))
 
 
-def failing_run(words: list[str]) -> int:
-    """Rank 1's second save, in the background, meets a full disk."""
+def failing_run(words: list[str], errors: str) -> int:
+    """Rank 1's second save, in the background, meets a full disk. errors: a file for what each rank says."""
     from vlm_nemo import cli
+
+    sys.stderr = open(f"{errors}.{os.environ['RANK']}", "w", buffering=1)  # noqa: SIM115  # until the process ends
 
     real, calls = tensors.write, []
 
@@ -145,12 +148,11 @@ def failing_run(words: list[str]) -> int:
     return cli.main(["train", *words])
 
 
-def test_a_full_disk_of_one_rank_ends_all_with_a_line(
-    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_of_one_rank_ends_all_with_a_line(shards: Path, tmp_path: Path) -> None:
     words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}", "trainer.steps=1000", "checkpoint.every=2"]
-    assert run_ranks(failing_run, 2, words) == [2, 2]
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert run_ranks(failing_run, 2, words, f"{tmp_path}/said") == [2, 2]
+    said = "".join((tmp_path / f"said.{rank}").read_text() for rank in range(2))
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "step_000004 was not written: the disk is full (" in errors[0]
     assert "_00001.safetensors" in errors[0]
     assert checkpoint.find(tmp_path).name == "step_000002" and checkpoint.verify(checkpoint.find(tmp_path)) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -92,7 +92,10 @@ def test_a_twin_is_the_same_model_but_small(name: str) -> None:
     model = hf_model(small)
     check_names_and_shapes(small, hf_tensors(model))
     assert sum(p.numel() for p in model.parameters()) < 300_000
-    differing = set(_switches(asdict(cfg))) ^ set(_switches(asdict(small)))
+    # A twin runs by torch's own operations, wherever it is
+    differing = set(_switches(asdict(replace(cfg, kernels=small.kernels, fp8=small.fp8)))) ^ set(
+        _switches(asdict(small))
+    )
     assert not differing
 
 
