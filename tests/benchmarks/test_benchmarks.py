@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,13 @@ from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 
 NAMES = ("checkpoint", "decode", "records", "loader", "packing", "peers_cpu", "step", "features")
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """What a benchmark silences stays silent until its process ends; here others follow."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize(

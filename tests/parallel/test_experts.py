@@ -122,7 +122,7 @@ def histories(
 CASES = [(SHARED, ALL), (SHARED, STAGE1), (LATE, ALL)]
 
 
-@pytest.mark.parametrize("layouts", [TWO, FOUR], ids=["two ranks", "four ranks"])
+@pytest.mark.parametrize("layouts", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two ranks", "four ranks"])
 def test_layouts_equal_one_process(layouts: list[Layout]) -> None:
     """Rows with and without images, a step without any, frozen parts, recomputation, a stage without experts."""
     with tempfile.TemporaryDirectory() as folder:
