@@ -86,7 +86,7 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("which", CASES)
+@pytest.mark.parametrize("which", ["two", pytest.param("four", marks=pytest.mark.slow)])
 def test_shared_rows_train_like_one_process(which: str, tmp_path: Path) -> None:
     world, cases = CASES[which]
     assert_alike(TASKS, cases, world, tmp_path)

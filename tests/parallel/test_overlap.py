@@ -82,7 +82,7 @@ def one_process() -> list[list[tuple[float, float]]]:
     return run_ranks(train_all, 1, [dict(distributed_optimizer=False)], CASES)[0][0]
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_overlap_changes_nothing(world: int, one_process: list[list[tuple[float, float]]]) -> None:
     for histories, same in run_ranks(overlapped, world, list(LAYOUTS[world].values())):
         assert same

@@ -106,7 +106,15 @@ def test_four_replicas_two_and_four_again(whole: Path, shards: Path, tmp_path: P
     assert json.loads((tmp_path / "ledger.json").read_text()) == json.loads((whole / "ledger.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("SIGINT", 1), ("SIGTERM", 2), ("SIGUSR1", 1), ("SIGUSR2", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        pytest.param("SIGINT", 1, marks=pytest.mark.slow),
+        ("SIGTERM", 2),
+        ("SIGUSR1", 1),
+        pytest.param("SIGUSR2", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_ends_well(shards: Path, tmp_path: Path, name: str, ranks: int) -> None:
     """Exit code 0, a line that says so, a checkpoint at the step that was under way."""
     command = ["launch/local.sh", str(ranks), "train", *words(shards, tmp_path, "trainer.steps=100000")]
