@@ -29,7 +29,15 @@ def import_torchvision(folder: Path) -> None:
         library.define(f"{name}(Tensor x) -> Tensor")
     import_torchvision.library = library  # type: ignore[attr-defined]  # the names live as long as it does
     sys.path.insert(0, str(folder))
+    load, torch.ops.load_library = torch.ops.load_library, refuse
     import torchvision  # noqa: F401
+
+    torch.ops.load_library = load
+
+
+def refuse(path: str) -> None:
+    """Some environments have what the compiled operators need, and then torch ends the process over their names."""
+    raise OSError(f"{path} is a CUDA build")
 
 
 def main(extras: str, folders: list[str], pictures: list[str]) -> None:
