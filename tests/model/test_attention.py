@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_nemo.model.attention import cached_attention, packed_attention
 from vlm_nemo.model.cache import KVCache, cached_step
-from vlm_nemo.model.segments import make_segments
+from vlm_nemo.model.segments import SLACK, alike, make_segments
 
 HEADS, KV_HEADS, D = 4, 2, 8
 
@@ -124,6 +128,16 @@ def test_padding_costs_no_more_than_samples() -> None:
     segments = make_segments(torch.tensor([0, 10, 1000], dtype=torch.int32), 10)
     assert segments.max_seqlen_q == 10
     assert segments.rectangles == [(100, 10)]
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_only_like_lengths_share_a_rectangle(lengths: list[int]) -> None:
+    longest = alike(lengths)
+    assert longest == sorted(set(longest)) and set(longest) <= set(lengths) and longest[-1] == max(lengths)
+    for length in lengths:
+        assert length >= 0.9 * next(limit for limit in longest if limit >= length) - SLACK
+    for short, long in itertools.pairwise(longest):
+        assert short < 0.9 * long - SLACK, "no more rectangles than needed"
 
 
 def test_masks_stay_small() -> None:
