@@ -117,7 +117,7 @@ def measure(shards: Path, stage: int, cache: Path, pairs: int, quick: bool) -> t
         "without": round(other, 1),
         "times": round(ratio, 2),
         "95 %": f"{low:.2f} to {high:.2f}",
-        "rows from the cache, %": round(100 * fill(sides["with"]), 1),
+        "rows from the cache, %": round(100 * fill(sides["with"].seen), 1),
         "cache, MB": round(held / 1e6, 2),
     }
     return row, {**found._asdict(), "losses": losses}

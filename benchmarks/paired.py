@@ -8,13 +8,15 @@ of equal work differ by half, CPU times by a few in a hundred.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 Side = Callable[[], float]
 """Does the work once; returns the CPU seconds that it took."""
+Work = Sequence[tuple[float, float]]
+"""Of every run, in order: CPU seconds, and items that it went through"""
 _RESAMPLES = 2000
 
 
@@ -27,13 +29,32 @@ class Paired(NamedTuple):
     def ratio(self) -> tuple[float, float, float]:
         """How many times the CPU time of ours the other needs: median over the pairs, and its 95 % interval."""
         ratios = np.array(self.theirs) / np.array(self.ours)
-        draws = np.random.Generator(np.random.PCG64(0)).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
-        low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+        low, high = np.percentile(np.median(ratios[_draws(len(ratios))], axis=1), [2.5, 97.5])
         return float(np.median(ratios)), float(low), float(high)
 
     def rates(self, items: int) -> tuple[float, float]:
         """Items a CPU second of ours and of theirs, by the medians; items: how many one run goes through."""
         return items / float(np.median(self.ours)), items / float(np.median(self.theirs))
+
+
+def _draws(pairs: int) -> np.ndarray:
+    """[_RESAMPLES, pairs]: which pairs each resampling takes."""
+    return np.random.Generator(np.random.PCG64(0)).integers(pairs, size=(_RESAMPLES, pairs))
+
+
+def ratio_of_sums(ours: Work, theirs: Work) -> tuple[float, float, float]:
+    """How many times the CPU time of ours the other needs for an item: all its items over all its seconds against the
+    same of ours, and its 95 % interval from resampling the pairs. For runs of unlike work, where a median would leave
+    out the few dear ones."""
+    mine, other = np.array(ours), np.array(theirs)
+
+    def ratio(which: np.ndarray) -> np.ndarray:
+        a, b = mine[which].sum(axis=-2), other[which].sum(axis=-2)
+        found: np.ndarray = (b[..., 0] / b[..., 1]) / (a[..., 0] / a[..., 1])
+        return found
+
+    low, high = np.percentile(ratio(_draws(len(mine))), [2.5, 97.5])
+    return float(ratio(np.arange(len(mine)))), float(low), float(high)
 
 
 def timed(work: Callable[[], object]) -> Side:

@@ -87,6 +87,6 @@ def turn(loop: Generator[Any], count: int, since: float) -> Told:
     return {"seconds": time.process_time() - since, **sums}
 
 
-def fill(side: Here | Worker) -> float:
-    """Tokens over places of all turns."""
-    return sum(told["tokens"] for told in side.seen) / sum(told["places"] for told in side.seen)
+def fill(seen: Sequence[Told]) -> float:
+    """Tokens over places of these turns."""
+    return sum(told["tokens"] for told in seen) / sum(told["places"] for told in seen)

@@ -20,7 +20,7 @@ from benchmarks.loader import PLACEHOLDERS, make, spoken, theirs
 from benchmarks.made import SOURCE, conversations, prepared
 from benchmarks.packers import METHODS
 from benchmarks.packing import measure, mixes
-from benchmarks.paired import Paired, compare
+from benchmarks.paired import Paired, compare, ratio_of_sums
 from vlm_nemo.data.chat import TEMPLATES, encode_conversation
 from vlm_nemo.data.layout.plan import plain
 from vlm_nemo.data.storage.shards import ShardFolder
@@ -100,6 +100,11 @@ def test_pairs_alternate_and_the_ratio_is_found() -> None:
     assert low < 3 < high and low < ratio < high and high - low < 0.2
     assert Paired([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).ratio() == (2.0, 2.0, 2.0)
     assert Paired([1.0, 2.0], [4.0, 4.0]).rates(6) == (4.0, 1.5)
+
+
+def test_runs_of_unlike_work_are_summed() -> None:
+    found = ratio_of_sums([(1.0, 1), (5.0, 3)], [(2.0, 1), (28.0, 4)])
+    assert found == pytest.approx((4.0, 2.0, 4.2)), "both pairs; the first alone; the second alone"
 
 
 @given(st.lists(st.integers(1, 100), max_size=200), st.sampled_from(sorted(METHODS)))
