@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch.multiprocessing as mp
+
+from vlm_nemo.runtime.local import free_port
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 """Environment of ranks that compute on the CPU, over gloo, although the machine has a GPU."""
@@ -34,13 +35,10 @@ def run_ranks(
     that the processes find from their first line on. context: of multiprocessing; None = fresh interpreters.
     Raises RankFailed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = context or mp.get_context("spawn")
     results: Any = context.SimpleQueue()
     common = {**os.environ, **(environment or {}), "WORLD_SIZE": str(world)}
-    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     processes = [
         context.Process(
             target=_entry,
