@@ -23,7 +23,7 @@ from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.optim import learns
 
 SYSTEM = "CUDA, NCCL and the allocator"
-FAR = 4
+FAR = 6
 """Times the fullest rank: a limit above that is beyond the plot."""
 
 
