@@ -1,8 +1,9 @@
-"""Shared fixtures: one small prepared data set for the whole session."""
+"""Shared fixtures: what is made once for the whole session, and ranks of one process."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,15 @@ def exported(llava_twin: tuple[Path, Any], tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("export") / "fp32"
     export(f"hf={llava_twin[0]}", f"out={out}", "precision=fp32", "slots=4", f"capacity={CAPACITY}")
     return out
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """What models, optimizers and checkpoints need to know of ranks, where there is one."""
+    from vlm_nemo.runtime import device, groups  # with the first test that needs torch
+    from vlm_nemo.runtime.config import ParallelConfig
+
+    with device.adapter():
+        groups.start(ParallelConfig(), seed=0)
+        yield
+        groups.stop()

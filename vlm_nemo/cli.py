@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlm_nemo import config
+from vlm_nemo import config, explain
 from vlm_nemo.options import did_you_mean
 from vlm_nemo.runtime import signals
 from vlm_nemo.types import UserError
@@ -81,7 +81,7 @@ def _run_verb(verb: Verb, words: list[str], flags: set[str]) -> int:
     _choose_model(verb, cfg, asked.overrides)
     for key in verb.required:
         if _value(cfg, key) in (None, "", {}):
-            raise UserError(config.missing(key, verb.root))
+            raise UserError(explain.missing(key, verb.root))
     check_ranks(verb, cfg, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if "--validate" in flags:
         print("ok")

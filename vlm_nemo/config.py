@@ -11,16 +11,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import MISSING
 
 from vlm_nemo.check.config import CheckConfig
 from vlm_nemo.data.config import DataConfig
 from vlm_nemo.evaluate.config import EvaluateConfig
+from vlm_nemo.explain import check_choices, explain, missing
 from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.options import ANY_NAME, did_you_mean, find, options
+from vlm_nemo.options import did_you_mean
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.serve.config import ServeConfig
 from vlm_nemo.train.config import CheckpointConfig, LogConfig, OptimConfig, TrainerConfig
@@ -186,8 +187,8 @@ def compose(verb: str, root: type[Root], overrides: Sequence[str] = (), recipe: 
             config = hydra_compose(verb, overrides=words)
         resolved = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
-        raise UserError(_explain(error, root, recipe)) from None
-    _check_choices(resolved, root)
+        raise UserError(explain(error, root, recipe, GROUPS)) from None
+    check_choices(resolved, root)
     return config
 
 
@@ -202,12 +203,6 @@ def build(config: DictConfig, root: type[Root]) -> Root:
         raise UserError(missing(str(error.full_key), root)) from None
     assert isinstance(built, root)
     return built
-
-
-def missing(key: str, root: type) -> str:
-    """The line about a key that has to be set and is not."""
-    option = find(key, options(root))
-    return f"{key} is not set" + (f": {option.doc}" if option and option.doc else "")
 
 
 def _recipe_overrides(recipe: str | None) -> Iterator[str]:
@@ -244,59 +239,6 @@ def _now(pattern: str) -> str:
             "(seconds since 1970) for all ranks, or name the folder"
         )
     return time.strftime(pattern, time.localtime(float(started) if started else None))
-
-
-def _check_choices(values: Any, root: type) -> None:
-    """Enumerations are plain text to Hydra: compare them with their choices. Raises UserError."""
-    for key, option in options(root).items():
-        if not option.choices:
-            continue
-        value = values
-        for word in key.split("."):
-            value = value[word]
-        for each in value if isinstance(value, list) else [value]:
-            if each not in option.choices:
-                hint = did_you_mean(str(each), option.choices)
-                raise UserError(f"{key} must be {option.expected}, not {value!r}{hint}")
-
-
-def _explain(error: BaseException, root: type, recipe: str | None) -> str:
-    """Hydra's and OmegaConf's errors in one line: full key, nearest key or expected type, and the file if it is one."""
-    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
-    from yaml import MarkedYAMLError
-
-    where = ""
-    if str(error).startswith("In '") and recipe is not None:
-        where = f" (in recipe {recipe})"
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, InterpolationResolutionError):
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}{where}"
-    if isinstance(cause, ValidationError) and cause.full_key is not None:
-        option = find(cause.full_key, options(root))
-        if option is None:
-            return f"{cause.full_key} holds several options and takes no value itself: set {cause.full_key}.…{where}"
-        value = "null" if cause.value is None else repr(cause.value)
-        return f"{cause.full_key} must be {option.expected}, not {value}{where}"
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key is not None:
-        if cause.full_key.partition(".")[0] == "recipes":
-            return f"recipe {recipe} lacks its first line: # @package _global_"
-        return unknown(cause.full_key, root) + where
-    text = re.split(r"Config search path|\nSee http", str(error))[0]
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip()) + where
-
-
-def unknown(key: str, root: type) -> str:
-    """The line about a key that does not exist."""
-    known = options(root)
-    groups = [group for group in GROUPS if any(k.startswith(group + ".") for k in known)]
-    hint = did_you_mean(key, [*known, *groups])
-    for holder in (k for k, option in known.items() if option.is_dict and key.startswith(k + ".")):
-        hint = hint.replace(f"{holder}.{ANY_NAME}", ".".join(key.split(".")[: holder.count(".") + 2]))
-    return f"no option {key}{hint}"
 
 
 def quote(text: str) -> str:

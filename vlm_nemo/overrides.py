@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_nemo.config import GROUPS, group_choices, quote, unknown
+from vlm_nemo.config import GROUPS, group_choices, quote
+from vlm_nemo.explain import unknown
 from vlm_nemo.options import ANY_NAME, Option, did_you_mean, find, options
 from vlm_nemo.types import UserError
 
@@ -74,7 +75,7 @@ def _override(key: str, value: str, root: type) -> str:
         holder, _, name = key.rpartition(".")
         if (free := options(root).get(holder)) is not None and free.is_free_dict:
             return f"++{holder}={{{name}:{value or quote('')}}}"
-        raise UserError(unknown(key, root))
+        raise UserError(unknown(key, root, GROUPS))
     hydra_value = _value(value, option)
     if ANY_NAME in option.key:
         holder, _, leaf = option.key.partition(f".{ANY_NAME}.")

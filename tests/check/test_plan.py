@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
 from vlm_nemo.check.needs import EXPERTS, StageNeeds
-from vlm_nemo.check.plan import GIB, Job, _copied, needs, plan
+from vlm_nemo.check.plan import Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
+from vlm_nemo.check.sizes import GIB, told
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
@@ -130,7 +131,7 @@ def test_experts_are_shared_out_and_their_tokens_counted() -> None:
     assert sent == 4 * 4 * 2048 * (32 * 4 * (2 + 1 + 2 + 1) + 4 * 4 * (2 + 1) + 4 * 2)
     assert not any(name.startswith(EXPERTS) for name in alone.sent)
     finding = plan(sparse(ParallelConfig(expert=2), world=2), memory_gib=8, reserve_gib=0.0, assumed="made up")
-    assert finding.tables[1].columns[-2:] == ("experts M", "to experts MB")
+    assert finding.tables[1].columns[-2:] == ("experts M", "to experts MiB")
 
 
 def test_what_a_checkpoint_copies_is_told() -> None:
@@ -140,7 +141,13 @@ def test_what_a_checkpoint_copies_is_told() -> None:
     trained = found.data["stages"][0]["trained"]
     copied = _copied(made, [StageNeeds(**found.data["stages"][0])])
     assert copied == trained * 12 / 2
-    assert f"copies {copied / GIB:.2f} GiB a rank to the host's memory" in found.notes[-1]
+    assert f"copies {told(copied)} a rank to the host's memory" in found.notes[-1]
+    # As large as they are: a tiny model's are not nothing, and its bar is seen beside a limit of thousands of it
+    assert told(copied).endswith("KiB") and "MiB" in found.tables[0].title and found.verdict.endswith("of 74.00 GiB")
+    assert "0.00" not in found.tables[0].rows[0]
+    (axis,) = found.figures[0][1].axes
+    assert axis.get_xlabel().startswith("MiB; the limit of 74.00 GiB is far")
+    assert max(bar.get_width() for bar in axis.patches) > 0.2 * axis.get_xlim()[1]
 
 
 @pytest.mark.slow

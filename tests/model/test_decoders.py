@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from tests.model import decoders
 from tests.model.decoders import KINDS
-from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    with device.adapter():
-        groups.start(ParallelConfig(), seed=0)
-        yield
-        groups.stop()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.mark.parametrize("name", KINDS)

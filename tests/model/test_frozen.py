@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +12,10 @@ from tests import tiny
 from vlm_nemo.model.batch import ModelBatch, model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.vlm import VLM
-from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 
-
-@pytest.fixture(autouse=True)
-def one_process() -> Iterator[None]:
-    with device.adapter():
-        groups.start(ParallelConfig(), seed=0)
-        yield
-        groups.stop()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def built(*trained: str, **layout: Any) -> tuple[VLM, ModelBatch]:

@@ -26,7 +26,6 @@ from vlm_nemo.model.projector.base import Projector
 from vlm_nemo.model.projector.build import build_projector
 from vlm_nemo.model.projector.vocabulary import VisualVocabulary
 from vlm_nemo.model.views import Grid
-from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
 from vlm_nemo.weights.names.projectors import PROJECTORS as NAMES
@@ -40,11 +39,9 @@ TEXT = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    with device.adapter(), torch.no_grad():
-        groups.start(ParallelConfig(), seed=0)
+def alone(one_process: None) -> Iterator[None]:
+    with torch.no_grad():
         yield
-        groups.stop()
 
 
 def randomised(module: nn.Module) -> Any:

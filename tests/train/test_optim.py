@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from tests import tiny
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
-from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime import device
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import optim, step
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.types import UserError
 
-
-@pytest.fixture(autouse=True)
-def one_process() -> Iterator[None]:
-    with device.adapter():
-        groups.start(ParallelConfig(), seed=0)
-        yield
-        groups.stop()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def test_warm_up_and_cosine() -> None:

@@ -130,6 +130,36 @@ def test_an_error_is_one_line_and_the_one_before_stays(
     assert checkpoint.find(tmp_path).name == "step_000001" and not list(tmp_path.glob(".step*"))
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Path, "replace"), (manifest, "drop_all_but")],
+    ids=["latest", "old ones"],
+)
+def test_an_error_after_the_commit_says_that_the_checkpoint_is_there(
+    made: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """The rename makes the checkpoint; `latest` is moved and the old ones go after it."""
+    saver = made.saver(tmp_path)
+    made.save(saver)
+    saver.wait()
+
+    def fails(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there")
+
+    made.done = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        path = made.save(saver)
+        with pytest.raises(UserError) as said:
+            saver.wait()
+    assert str(said.value) == (
+        "checkpoint step_000002 is whole on the disk, but then came an error: the disk is full (there); "
+        "free some space, then start the run again"
+    )
+    assert checkpoint.verify(path) == [] and manifest.newest(tmp_path)[0] == path
+    saver.close()
+
+
 def failing_run(words: list[str], errors: str) -> int:
     """Rank 1's second save, in the background, meets a full disk. errors: a file for what each rank says."""
     from vlm_nemo import cli

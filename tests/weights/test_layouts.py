@@ -16,7 +16,8 @@ from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint, tensors
 from vlm_nemo.train.origin import checkpoint_config, model_config
-from vlm_nemo.weights.hf import HFFolder, load_hf_weights
+from vlm_nemo.weights.hf import load_hf_weights
+from vlm_nemo.weights.hf_folder import HFFolder
 
 Case = tuple[int, int, bool]
 """tensor, pipeline, straight from the folder (or from the checkpoint made of it)"""

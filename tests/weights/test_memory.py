@@ -13,7 +13,7 @@ from tests.weights import zoo
 from tests.weights.test_round_trip import convert
 from vlm_nemo.train import tensors
 from vlm_nemo.weights import shards
-from vlm_nemo.weights.hf import HFFolder
+from vlm_nemo.weights.hf_folder import HFFolder
 
 
 class Watch:

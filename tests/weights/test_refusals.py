@@ -18,7 +18,8 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.types import UserError
 from vlm_nemo.weights.config import check_exportable, model_config_of
-from vlm_nemo.weights.hf import HFFolder, load_hf_weights
+from vlm_nemo.weights.hf import load_hf_weights
+from vlm_nemo.weights.hf_folder import HFFolder
 
 
 @pytest.fixture(scope="module")

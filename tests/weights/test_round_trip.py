@@ -15,7 +15,7 @@ from tests.weights import twins
 from vlm_nemo import cli
 from vlm_nemo.train import checkpoint, tensors
 from vlm_nemo.weights.config import model_config_of
-from vlm_nemo.weights.hf import HFFolder
+from vlm_nemo.weights.hf_folder import HFFolder
 from vlm_nemo.weights.names.languages import EMBEDDING, HEAD
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
+from vlm_nemo.check.sizes import GIB, told, unit_of
 from vlm_nemo.check.timeline import Timeline, one_f_one_b
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
@@ -21,8 +22,9 @@ from vlm_nemo.runtime.layout import check_layout, image_ranks
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.optim import learns
 
-GIB = 2**30
 SYSTEM = "CUDA, NCCL and the allocator"
+FAR = 6
+"""Times the fullest rank: a limit above that is beyond the plot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,28 +112,36 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     worst = max(stages, key=lambda s: s.peak)
     fits = worst.peak <= limit
     recomputed: list[StageNeeds] | list[None] = _with_recompute(job) or [None] * len(stages)
+    peaks = [worst.peak, *(again.peak for again in recomputed if again)]
+    unit = unit_of(max(peaks))  # one for all cells, so that a row's sizes add up by eye
     table = Table(
-        title=f"a rank of each stage, GiB; {job.world} ranks, {job.replicas} replicas, {job.micro} micro-batches",
+        title=f"a rank of each stage, {unit.name}; {job.world} ranks, {job.replicas} replicas, "
+        f"{job.micro} micro-batches",
         columns=("stage", "parameters", "weights", "gradients", "optimizer", "activations", "peak", "with recompute"),
         rows=[
             (
                 str(s.stage),
                 f"{sum(s.parameters.values()) / 1e6:,.1f} M",
-                *(f"{size / GIB:.2f}" for size in (s.weights, s.gradients, s.optimizer, s.activations, s.peak)),
-                f"{again.peak / GIB:.2f}" if again else "=",
+                *map(unit.of, (s.weights, s.gradients, s.optimizer, s.activations, s.peak)),
+                unit.of(again.peak) if again else "=",
             )
             for s, again in zip(stages, recomputed, strict=True)
         ],
         bad=frozenset(i for i, s in enumerate(stages) if s.peak > limit),
     )
     sparse = job.model.language.moe.experts is not None
+    carried = [
+        (_tensor_bytes(s), _apart_bytes(s, "context"), s.sent.get("send", 0), s.data_sent, _apart_bytes(s, EXPERTS))
+        for s in stages
+    ]
+    sent = unit_of(max(size for sizes in carried for size in sizes))
     work = Table(
         title="a step of one replica",
         columns=(
-            *("stage", "parts", "layers", "TFLOP", "share", "tensor group MB"),
-            *(("context group MB",) if job.parallel.context > 1 else ()),
-            *("to stages MB", "data group MB"),
-            *(("experts M", "to experts MB") if sparse else ()),
+            *("stage", "parts", "layers", "TFLOP", "share", f"tensor group {sent.name}"),
+            *((f"context group {sent.name}",) if job.parallel.context > 1 else ()),
+            *(f"to stages {sent.name}", f"data group {sent.name}"),
+            *(("experts M", f"to experts {sent.name}") if sparse else ()),
         ),
         rows=[
             (
@@ -140,16 +150,15 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 "+".join(str(count) for count in layers[s.stage :: job.parallel.pipeline]),
                 f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
-                f"{_tensor_bytes(s) / 1e6:,.0f}",
-                *((f"{_apart_bytes(s, 'context') / 1e6:,.0f}",) if job.parallel.context > 1 else ()),
-                f"{(s.sent.get('send', 0)) / 1e6:,.0f}",
-                f"{s.data_sent / 1e6:,.0f}",
-                *((f"{s.experts / 1e6:,.1f}", f"{_apart_bytes(s, EXPERTS) / 1e6:,.0f}") if sparse else ()),
+                sent.of(tensor),
+                *((sent.of(context),) if job.parallel.context > 1 else ()),
+                *map(sent.of, (on, data)),
+                *((f"{s.experts / 1e6:,.1f}", sent.of(tokens)) if sparse else ()),
             )
-            for s, busy in zip(stages, line.busy, strict=True)
+            for s, busy, (tensor, context, on, data, tokens) in zip(stages, line.busy, carried, strict=True)
         ],
     )
-    where = f"the fullest rank (stage {worst.stage}) needs {worst.peak / GIB:.1f} of {limit / GIB:.1f} GiB"
+    where = f"the fullest rank (stage {worst.stage}) needs {told(worst.peak)} of {told(limit)}"
     verdict = where
     if job.parallel.pipeline > 1:
         verdict += f"; the pipeline waits {line.bubble:.1%} of its time, its busiest stage does {line.balance:.2f} x"
@@ -166,8 +175,8 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
             assumed,
             *_shared_images(job),
             f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}",
-            f"a checkpoint in the background (checkpoint.asynchronous) copies {_copied(job, stages) / GIB:.2f} GiB a "
-            "rank to the host's memory",
+            f"a checkpoint in the background (checkpoint.asynchronous) copies {told(_copied(job, stages))} a rank "
+            "to the host's memory",
         ],
         figures=[("memory of a rank by stage", _memory(stages, limit))],
         data={
@@ -210,7 +219,7 @@ def _help(job: Job, limit: int) -> str:
     found: Knob | None = first_that_fits(job.parallel, job.world, limit, peak, job.optim.vision_lr is not None)
     if found is None:
         return "no layout of these ranks helps: use more ranks, a shorter data.pack.capacity, or freeze a part"
-    return f"{' '.join(found.words)} makes it {found.peak / GIB:.1f} GiB"
+    return f"{' '.join(found.words)} makes it {told(found.peak)}"
 
 
 def _tensor_bytes(stage: StageNeeds) -> int:
@@ -232,15 +241,22 @@ def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.5 * len(stages)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.5 * len(stages)), layout="constrained")
+    largest = max(s.peak for s in stages)
+    unit = unit_of(largest)
     left = [0.0] * len(stages)
     for name in ("weights", "gradients", "optimizer", "activations"):
-        sizes = [getattr(s, name) / GIB for s in stages]
+        sizes = [getattr(s, name) / unit.bytes for s in stages]
         axis.barh([f"stage {s.stage}" for s in stages], sizes, left=left, label=name)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    axis.axvline(limit / GIB, color="black", linestyle="--", label="limit")
-    axis.set_xlabel("GiB")
+    if limit <= FAR * largest:
+        axis.axvline(limit / unit.bytes, color="black", linestyle="--", label=f"limit {told(limit)}")
+        axis.set_xlim(0, 1.05 * max(limit, largest) / unit.bytes)
+        axis.set_xlabel(unit.name)
+    else:  # its line would leave no room to the bars
+        axis.set_xlim(0, 1.05 * largest / unit.bytes)
+        axis.set_xlabel(f"{unit.name}; the limit of {told(limit)} is far to the right")
     axis.invert_yaxis()
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
     plt.close(figure)
     return figure

@@ -17,65 +17,19 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.infer.backend import Backend, Row
+from vlm_nemo.infer.backend import Backend
+from vlm_nemo.infer.pending import PendingAnswer, PendingRequest, have_images, prompt_row
 from vlm_nemo.infer.request import Answer, Event, Prompt, RequestOutput, answer_of
 from vlm_nemo.infer.sampling import Sampler, SamplingParams, TokenLogprob, fresh_entropy, token_logprob
 from vlm_nemo.infer.text import TextStream
-from vlm_nemo.types import Images, UserError
+from vlm_nemo.types import UserError
 
 __all__ = ["Answer", "Engine", "Event", "Prompt", "RequestOutput", "TokenLogprob"]
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class _Sequence:
-    """One answer while it is waiting or running."""
-
-    request: _Request
-    index: int
-    sampler: Sampler
-    text: TextStream
-    last: int = -1
-    """What was chosen last; it is not in the cache yet."""
-    said: int = 0
-    """Tokens of the answer."""
-    slot: int | None = None
-    """None = waiting."""
-    over: bool = False
-
-    @property
-    def cached(self) -> int:
-        """Tokens in the cache, while it runs."""
-        return len(self.request.prompt.tokens) + self.said - 1
-
-    @property
-    def row(self) -> Row:
-        """What was chosen last, on its way into the cache."""
-        assert self.slot is not None
-        prompt, positions = self.request.prompt, None
-        if prompt.positions is not None:
-            positions = np.full((3, 1), prompt.positions.max() + self.said)
-        return Row(slot=self.slot, start=self.cached, tokens=(self.last,), positions=positions)
-
-
-@dataclass(kw_only=True, eq=False, repr=False)
-class _Request:
-    """A request until its last answer is over."""
-
-    number: int
-    prompt: Prompt
-    params: SamplingParams
-    sequences: list[_Sequence] = field(default_factory=list)
-    unfilled: int
-    """Answers whose prompt has not been in the cache yet."""
-    images: Images[NDArray[Any]] | None = None
-    """Here from the first answer's turn to the last one's."""
 
 
 class Engine:
@@ -103,9 +57,9 @@ class Engine:
         self._ends = frozenset((tokenizer.eos_id,) if ends is None else ends)
         self._entropy = entropy
         self._numbers = 0
-        self._requests: dict[int, _Request] = {}
-        self._waiting: deque[_Sequence] = deque()
-        self._running: dict[int, _Sequence] = {}
+        self._requests: dict[int, PendingRequest] = {}
+        self._waiting: deque[PendingAnswer] = deque()
+        self._running: dict[int, PendingAnswer] = {}
         self._free = list(range(backend.slots))  # a heap: low slots first, so that those in use lie side by side
         self._unreported: list[Event] = []
 
@@ -154,13 +108,13 @@ class Engine:
     def add(self, prompt: Prompt, params: SamplingParams) -> int:
         """Queue a request; returns its number. Raises UserError as `check` does."""
         self.check(prompt, params)
-        request = _Request(number=self._numbers, prompt=prompt, params=params, unfilled=params.n)
+        request = PendingRequest(number=self._numbers, prompt=prompt, params=params, unfilled=params.n)
         self._numbers += 1
         base = self._entropy() if params.seed is None else params.seed
         for index in range(params.n):
             text = TextStream(self.tokenizer, params.stop)
             sampler = Sampler(params, base + index)
-            request.sequences.append(_Sequence(request=request, index=index, sampler=sampler, text=text))
+            request.sequences.append(PendingAnswer(request=request, index=index, sampler=sampler, text=text))
         self._requests[request.number] = request
         self._waiting.extend(request.sequences)
         return request.number
@@ -222,14 +176,14 @@ class Engine:
             for number, prompt, wish in zip(numbers, prompts, wishes, strict=True)
         ]
 
-    def _admit(self, events: list[Event]) -> Iterator[_Sequence]:
+    def _admit(self, events: list[Event]) -> Iterator[PendingAnswer]:
         """Give free slots to who waits longest; appends to `events` the requests whose images cannot be had."""
         used = 0
         while self._waiting and self._free:
             request = self._waiting[0].request
             if used and used + len(request.prompt.tokens) > self.prefill_tokens:
                 return
-            if (error := _have_images(request)) is not None:
+            if (error := have_images(request)) is not None:
                 events += self._end_all(request, "error", error)
                 while self._waiting and self._waiting[0].over:
                     self._waiting.popleft()
@@ -240,10 +194,10 @@ class Engine:
             self._running[sequence.slot] = sequence
             yield sequence
 
-    def _prefill(self, admitted: list[_Sequence]) -> list[Event]:
+    def _prefill(self, admitted: list[PendingAnswer]) -> list[Event]:
         """Run the new prompts. Where the backend refuses what it was given, each by itself: one must not end all."""
         try:
-            logits = self.backend.run([_prompt_row(s) for s in admitted])
+            logits = self.backend.run([prompt_row(s) for s in admitted])
         except ValueError as error:
             if len(admitted) > 1:
                 return [event for s in admitted if not s.over for event in self._prefill([s])]
@@ -256,7 +210,7 @@ class Engine:
                 sequence.request.images = None  # every answer has them in its cache
         return [self._advance(s, logits[i]) for i, s in enumerate(admitted)]
 
-    def _advance(self, s: _Sequence, logits: NDArray[np.float32]) -> Event:
+    def _advance(self, s: PendingAnswer, logits: NDArray[np.float32]) -> Event:
         """Choose the next token from logits [V]; end the answer if that was its last."""
         known = logits[: self.tokenizer.vocab_size]  # rows of the head beyond it are padding
         if not np.isfinite(known.max()):  # the maximum of anything with a NaN is NaN
@@ -282,7 +236,7 @@ class Engine:
 
     def _end(
         self,
-        s: _Sequence,
+        s: PendingAnswer,
         reason: str,
         *,
         text: str = "",
@@ -309,26 +263,5 @@ class Engine:
             error=error,
         )
 
-    def _end_all(self, request: _Request, reason: str, error: str | None = None) -> list[Event]:
+    def _end_all(self, request: PendingRequest, reason: str, error: str | None = None) -> list[Event]:
         return [self._end(s, reason, error=error) for s in request.sequences if not s.over]
-
-
-def _have_images(request: _Request) -> str | None:
-    """Decode the request's images, unless an earlier answer's turn did; why that cannot be, in one line."""
-    if request.images is not None or not request.prompt.image_count:
-        return None
-    try:
-        images = request.prompt.images()
-    except (UserError, OSError) as error:
-        return str(error)
-    count = 0 if images is None else images.count
-    if count != request.prompt.image_count:
-        return f"{request.prompt.image_count} images were announced and {count} came"
-    request.images = images
-    return None
-
-
-def _prompt_row(s: _Sequence) -> Row:
-    assert s.slot is not None
-    prompt = s.request.prompt
-    return Row(slot=s.slot, start=0, tokens=prompt.tokens, images=s.request.images, positions=prompt.positions)

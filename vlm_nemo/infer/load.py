@@ -141,7 +141,8 @@ def _open_hf(path: str, infer: InferConfig, parallel: ParallelConfig, precision:
     from vlm_nemo.runtime import device, groups
     from vlm_nemo.weights.config import model_config_of
     from vlm_nemo.weights.families import FAMILIES
-    from vlm_nemo.weights.hf import HFFolder, load_hf_weights
+    from vlm_nemo.weights.hf import load_hf_weights
+    from vlm_nemo.weights.hf_folder import HFFolder
     from vlm_nemo.weights.words import template_of
 
     folder = HFFolder(path)

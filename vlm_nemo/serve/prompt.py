@@ -2,6 +2,9 @@
 
 The images of a message come first, a line each, then its texts, a line each: as vLLM's chat does and as LLaVA was
 trained. Decoding happens here, in a thread of the server, so that a large picture does not hold up other answers.
+
+`vlm_nemo.infer.images` reads the same parts of a caller in this process, who may name files and put markers into the
+text. A client may do neither, and is told with a status what is wrong: hence a second reading.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
                                      renames the folder, moves `latest`, removes what is too old, leaves word
 
 Nothing of it is a collective, so no step waits for a disk. One save is under way at a time; the next one waits for it.
-An error of any rank is known to all when they next agree to go on (`failed`), and `wait` raises it on all of them.
+An error of any rank is known to all when they next agree to go on (`failed`), and `wait` raises it on all of them. One
+that comes after the rename says that the checkpoint is there.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class _Job:
     held_up: float = 0.0
     """Seconds that the run stood still for it."""
     error: str | None = None
+    written: bool = False
+    """Rank 0: whether it is a checkpoint, so that an error is of what comes after."""
 
     @property
     def name(self) -> str:
@@ -232,7 +235,7 @@ class Saver:
             self._finish(job)
             done = {"error": None}
         except Exception as error:
-            done = words_of(error, job.name)
+            done = words_of(error, job.name, written=job.written)
             shutil.rmtree(self._draft(job), ignore_errors=True)
         finally:
             job.error = done["error"]
@@ -279,7 +282,10 @@ class Saver:
             "frozen": sorted(self._frozen.parts),
         }
         manifest.write_manifest(draft, [*files, *linked], about)
-        manifest.publish(draft, final)
+        try:
+            manifest.publish(draft, final)
+        finally:
+            job.written = not draft.exists()  # renamed, whatever else of it went wrong
         self._frozen.keep(final, files)
         manifest.drop_all_but(self.folder, self._keep)
         if job.after is not None:

@@ -16,7 +16,7 @@ from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.types import UserError
 from vlm_nemo.weights import parity
 from vlm_nemo.weights.from_hf import to_checkpoint
-from vlm_nemo.weights.hf import HFFolder
+from vlm_nemo.weights.hf_folder import HFFolder
 from vlm_nemo.weights.to_hf import to_folder
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -27,7 +27,8 @@ from vlm_nemo.types import UserError
 from vlm_nemo.verbs.common import set_up_logging
 from vlm_nemo.weights.config import check_exportable, hf_config_of, model_config_of
 from vlm_nemo.weights.families import FAMILIES
-from vlm_nemo.weights.hf import HFFolder, hf_tensors, load_hf_weights
+from vlm_nemo.weights.hf import hf_tensors, load_hf_weights
+from vlm_nemo.weights.hf_folder import HFFolder
 from vlm_nemo.weights.preprocessing import preprocessor_config
 from vlm_nemo.weights.shards import write_json
 from vlm_nemo.weights.words import export_tokenizer, generation_config, import_tokenizer, template_of

@@ -20,7 +20,7 @@ from vlm_nemo.weights.families import FAMILIES, Family
 from vlm_nemo.weights.preprocessing import read_preprocessing
 
 if TYPE_CHECKING:
-    from vlm_nemo.weights.hf import HFFolder
+    from vlm_nemo.weights.hf_folder import HFFolder
 
 NEUTRAL_MEGATRON = ("recompute_", "cpu_offloading", "tp_comm_", "deterministic_mode")
 """Beginnings of megatron fields that change how the same numbers come about, not which model it is."""

@@ -20,7 +20,8 @@ from vlm_nemo.train.tensors import UNUSED_FILE, UNUSED_KIND, Chunk, whole_chunk
 from vlm_nemo.types import UserError
 from vlm_nemo.weights.config import model_config_of
 from vlm_nemo.weights.families import FAMILIES
-from vlm_nemo.weights.hf import HFFolder, joined
+from vlm_nemo.weights.hf import joined
+from vlm_nemo.weights.hf_folder import HFFolder
 from vlm_nemo.weights.names.languages import EMBEDDING, HEAD
 from vlm_nemo.weights.shards import cast, in_shards, new_folder
 from vlm_nemo.weights.words import import_tokenizer, rows_needed, template_of

@@ -12,7 +12,7 @@ from vlm_nemo.data.chat import TEMPLATES, Template, end_id
 from vlm_nemo.data.tokenizer import KEPT, NEEDED, Tokenizer
 from vlm_nemo.types import IMAGE_MARKER, UserError
 from vlm_nemo.weights.families import FAMILIES
-from vlm_nemo.weights.hf import read_json
+from vlm_nemo.weights.hf_folder import read_json
 from vlm_nemo.weights.jinja import jinja
 
 CHAT_TEMPLATE = "chat_template.jinja"
