@@ -82,10 +82,12 @@ def test_nemo_exp_manager(stages: Path, shards: Path, tmp_path: Path) -> None:
     assert (tmp_path / "nemo" / "cmd-args.log").is_file()
 
 
-def scores(stages: Path, shards: Path, out: Path, *layout: str, ranks: int = 1) -> dict[str, dict[str, float]]:
+def scores(
+    stages: Path, shards: Path, out: Path, *layout: str, ranks: int = 1, fresh: bool = False
+) -> dict[str, dict[str, float]]:
     words = ["recipe=shapes/stage1", "precision=fp32", f"evaluate.data={shards}/eval", "evaluate.max_new_tokens=6"]
     words += [f"checkpoint={stages}/stage1", f"run_dir={out}", *layout]
-    runs.vlm_nemo("evaluate", *words, ranks=ranks, fresh=True)
+    runs.vlm_nemo("evaluate", *words, ranks=ranks, fresh=fresh)
     return json.loads((out / "scores.json").read_text())
 
 
@@ -100,17 +102,17 @@ def one_process(stages: Path, shards: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "layout", "fresh"),
     [
-        (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
-        (2, ["parallel.context=2"]),  # two replicas
+        (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], False),
+        (2, ["parallel.context=2"], True),  # two replicas, as a person starts them
     ],
     ids=["tp2_pp2", "dp2"],
 )
 def test_evaluation_is_the_same_at_every_layout(
-    one_process: Path, stages: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str]
+    one_process: Path, stages: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str], fresh: bool
 ) -> None:
-    found = scores(stages, shards, tmp_path, *layout, ranks=ranks)
+    found = scores(stages, shards, tmp_path, *layout, ranks=ranks, fresh=fresh)
     assert found == json.loads((one_process / "scores.json").read_text())
     assert (tmp_path / "predictions.jsonl").read_text() == (one_process / "predictions.jsonl").read_text()
 
@@ -141,7 +143,7 @@ def test_generate(stages: Path, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     # What stage 1 was trained on: an image, then its caption
     words = [f"checkpoint={stages}/stage1", f"image={tmp_path}/a.png", "prompt=<image>", "infer.max_new_tokens=5"]
-    alone = runs.vlm_nemo("generate", *words, fresh=True).stdout
+    alone = runs.vlm_nemo("generate", *words).stdout
     assert alone.strip()
     assert runs.vlm_nemo("generate", *words, "parallel.pipeline=2", ranks=2, fresh=True).stdout == alone
     runs.vlm_nemo("generate", *words[:2], "prompt=What colour is it, exactly?")
@@ -153,7 +155,7 @@ def test_bf16_trains_under_tensor_and_pipeline(shards: Path, tmp_path: Path) -> 
     words = [*runs.TINY, *runs.data_words(shards), "precision=bf16", "trainer.steps=4", "checkpoint.every=0"]
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
     runs.vlm_nemo("train", *words, f"run_dir={tmp_path}/one")
-    runs.vlm_nemo("train", *words, f"run_dir={tmp_path}/four", *layout, ranks=4, fresh=True)
+    runs.vlm_nemo("train", *words, f"run_dir={tmp_path}/four", *layout, ranks=4)
     one, four = (runs.metrics(tmp_path / name) for name in ("one", "four"))
     for a, b in zip(one, four, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)

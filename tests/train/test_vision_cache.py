@@ -96,11 +96,11 @@ def test_refusals() -> None:
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2": dict(tensor=2),
     "pp2": dict(pipeline=2),
     "dp2": dict(),
     "cp2": dict(context=2),
 }
+"""A stage without a tower, two that keep, one that keeps for two."""
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,11 @@ def check(ranks: list[dict[str, list[Any]]]) -> None:
 
 def test_every_layout_is_what_it_is_without(prepared: Path, tmp_path: Path) -> None:
     check(run_ranks(histories, 2, prepared, tmp_path, LAYOUTS))
+
+
+@pytest.mark.slow
+def test_tensor_ranks(prepared: Path, tmp_path: Path) -> None:
+    check(run_ranks(histories, 2, prepared, tmp_path, {"tp2": dict(tensor=2)}))
 
 
 @pytest.mark.slow
