@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
-from vlm_nemo.check.timeline import Timeline, one_f_one_b
+from vlm_nemo.check.timeline import Timeline, simulate
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.share import uneven
@@ -98,7 +98,7 @@ def changed(batch: ModelBatch, change: Callable[[Tensor], Tensor]) -> ModelBatch
 
 def timeline(stages: Sequence[StageNeeds], micro: int) -> Timeline:
     """Of a step, in FLOPs: as if every stage computed at the same rate."""
-    return one_f_one_b([s.forward_flops for s in stages], [s.backward_flops for s in stages], micro)
+    return simulate([s.forward_flops for s in stages], [s.backward_flops for s in stages], micro)
 
 
 def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Finding:
@@ -128,7 +128,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     work = Table(
         title="a step of one replica",
         columns=(
-            *("stage", "parts", "layers", "TFLOP", "share", "tensor group MB"),
+            *("stage", "parts", "layers", "in flight", "TFLOP", "share", "tensor group MB"),
             *(("context group MB",) if job.parallel.context > 1 else ()),
             *("to stages MB", "data group MB"),
             *(("experts M", "to experts MB") if sparse else ()),
@@ -138,6 +138,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 str(s.stage),
                 " ".join(s.parameters),
                 "+".join(str(count) for count in layers[s.stage :: job.parallel.pipeline]),
+                str(held),
                 f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
                 f"{_tensor_bytes(s) / 1e6:,.0f}",
@@ -146,7 +147,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 f"{s.data_sent / 1e6:,.0f}",
                 *((f"{s.experts / 1e6:,.1f}", f"{_apart_bytes(s, EXPERTS) / 1e6:,.0f}") if sparse else ()),
             )
-            for s, busy in zip(stages, line.busy, strict=True)
+            for s, busy, held in zip(stages, line.busy, line.in_flight, strict=True)
         ],
     )
     where = f"the fullest rank (stage {worst.stage}) needs {worst.peak / GIB:.1f} of {limit / GIB:.1f} GiB"
@@ -175,6 +176,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
             "layers": layers,
             "bubble": line.bubble,
             "balance": line.balance,
+            "in_flight": line.in_flight,
             "limit": limit,
         },
     )
