@@ -15,6 +15,7 @@ from vlm_nemo.check.plan import Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.check.sizes import GIB, told
+from vlm_nemo.check.timeline import simulate
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
@@ -107,10 +108,44 @@ def test_a_layout_of_many_ranks_shares_out_what_one_rank_holds() -> None:
     assert alone.weights / 2 < sum(s.weights for s in stages) < alone.weights / 2 * 1.15
     assert stages[0].sent["send"] > 0 and stages[1].sent["recv"] > 0
     assert all(stage.data_sent > 0 for stage in stages)
-    flops = sum(stage.forward_flops for stage in stages) * 2
-    assert flops == pytest.approx(alone.forward_flops, rel=0.02)
+    flops = sum(sum(stage.forward_flops) for stage in stages) * 2
+    assert flops == pytest.approx(sum(alone.forward_flops), rel=0.02)
     # A frozen tower has no backward pass, a trained decoder one of twice the forward
-    assert 1.0 < stages[1].backward_flops / stages[1].forward_flops <= 2.1
+    assert 1.0 < stages[1].backward_flops[0] / stages[1].forward_flops[0] <= 2.1
+
+
+def test_chunks_of_the_interleaved_schedule_are_counted_one_by_one() -> None:
+    """One layer each; the images are in the first of the four, the head is in the last."""
+    layout = ParallelConfig(pipeline=2, virtual=2)
+    made = job(layout, world=2)
+    first, last = needs(made)
+    (alone,) = needs(job(ParallelConfig()))
+    images, layer = first.forward_flops
+    same, head = last.forward_flops
+    assert same == layer and images > layer and head > layer
+    assert first.backward_flops[1] == last.backward_flops[0] == pytest.approx(2 * layer, rel=0.1)
+    for kind in ("forward_flops", "backward_flops"):
+        assert sum((*getattr(first, kind), *getattr(last, kind))) == pytest.approx(sum(getattr(alone, kind)), rel=0.01)
+    found = plan(made, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
+    line = simulate([first.forward_flops, last.forward_flops], [first.backward_flops, last.backward_flops], 8)
+    assert (found.data["bubble"], found.data["balance"]) == (line.bubble, line.balance)
+    assert found.data["in_flight"] == (5, 3)
+    assert [row[3] for row in found.tables[1].rows] == ["5", "3"]
+    # As one chunk a stage the same work waits for whole stages
+    stages = (first, last)
+    whole = simulate([[sum(s.forward_flops)] for s in stages], [[sum(s.backward_flops)] for s in stages], 8)
+    assert line.bubble < whole.bubble
+
+
+@pytest.mark.slow
+def test_more_micro_batches_need_no_more_memory_than_are_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = job(ParallelConfig(pipeline=2, virtual=2), world=2)
+    first, last = (stage.activations for stage in needs(made))
+    monkeypatch.setattr("vlm_nemo.check.needs._enough", lambda parallel, micro: micro)
+    # Four of the eight are rehearsed; the last stage keeps a loss and a count, in fp32, of each
+    assert [stage.activations for stage in needs(made)] == [first, last + 4 * 8]
+    monkeypatch.setattr("vlm_nemo.check.needs._enough", lambda parallel, micro: 2)
+    assert needs(made)[0].activations < first
 
 
 def test_experts_are_shared_out_and_their_tokens_counted() -> None:

@@ -1,17 +1,20 @@
-"""What a piece of code needs: bytes alive at the worst moment, and bytes sent, by group. Works on real tensors too."""
+"""What a piece of code needs: bytes alive at the worst moment, and bytes sent, by group; the arithmetic of a pipeline's
+chunks. Works on real tensors too."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 
 class Meter(TorchDispatchMode):
@@ -79,3 +82,48 @@ class Meter(TorchDispatchMode):
         group = [a for a in found if "ProcessGroup" in str(a._type())]
         word = self._words.get(dist.ProcessGroup.unbox(group[0]).group_name, "") if group else ""
         self.sent[word + name] += sum(t.nbytes for t in tensors)
+
+
+class ChunkFlops:
+    """FLOPs of model chunks that a schedule runs in turn, each one's forward and backward apart.
+
+    A backward begins where the gradient of the chunk's output arrives, and lasts until another pass begins.
+    """
+
+    forward: list[float]
+    """Of every chunk, all its micro-batches together."""
+    backward: list[float]
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        self.forward, self.backward = [0.0] * len(chunks), [0.0] * len(chunks)
+        self._chunks = chunks
+        self._counter = FlopCounterMode(display=False)
+        self._pass: tuple[list[float], int] | None = None
+        self._before = 0
+
+    def __enter__(self) -> ChunkFlops:
+        self._hooks = [hook for chunk, module in enumerate(self._chunks) for hook in self._watched(chunk, module)]
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._begin(None)
+        self._counter.__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watched(self, chunk: int, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        def ended(_module: nn.Module, _given: Any, output: Tensor) -> None:
+            self._begin(None)
+            if output.requires_grad:  # not where all that is before it is frozen
+                output.register_hook(lambda _gradient: self._begin((self.backward, chunk)))
+
+        began = module.register_forward_pre_hook(lambda *_: self._begin((self.forward, chunk)))
+        return began, module.register_forward_hook(ended)
+
+    def _begin(self, now: tuple[list[float], int] | None) -> None:
+        total = self._counter.get_total_flops()
+        if self._pass:
+            kind, chunk = self._pass
+            kind[chunk] += total - self._before
+        self._pass, self._before = now, total

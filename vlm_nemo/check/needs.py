@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from vlm_nemo.check.meter import Meter
+from vlm_nemo.check.meter import ChunkFlops, Meter
 from vlm_nemo.check.world import pretend, shapes_only
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.boxes import is_shared
@@ -50,9 +49,9 @@ class StageNeeds:
     """AdamW's moments, and fp32 copies of half-precision weights; this rank's share of data x context."""
     activations: int
     """The rest of what is alive at the worst moment of the schedule."""
-    forward_flops: float
-    """Of one micro-batch, matrix products and attention as they are computed: padding included."""
-    backward_flops: float
+    forward_flops: tuple[float, ...]
+    """Of one micro-batch, chunk by chunk: matrix products and attention as they are computed, padding included."""
+    backward_flops: tuple[float, ...]
     sent: dict[str, int] = field(default_factory=dict)
     """Collective -> bytes that this rank hands in during a step: those of the tensor group, between stages, of the
     context group and of the experts' (meter.py)."""
@@ -100,8 +99,8 @@ def stage_needs(
                 experts += parameter.numel() if ".experts." in name else 0
         batch = make(shapes_only)
         batches = [batch] * _enough(parallel, micro)
-        with FlopCounterMode(display=False) as forward:
-            run_schedule(model, batches, forward_only=True)
+        with ChunkFlops(chunks) as counted:
+            run_schedule(model, batches)
         apart = {"context": groups.context_group()} if parallel.context > 1 else {}
         if cfg.language.moe.experts is not None:
             apart[EXPERTS] = groups.experts_group()
@@ -111,8 +110,6 @@ def stage_needs(
         meter.restart()
         with meter:
             run_schedule(model, batches)
-        with FlopCounterMode(display=False) as both:
-            run_schedule(model, batches)
         copies = {  # ranks that hold the same parameters, each with gradients of other tokens
             "dense": ranks.data * ranks.context,
             "spread": per_stage // (parallel.expert * parallel.expert_tensor),
@@ -120,8 +117,6 @@ def stage_needs(
         split = {kind: count if parallel.distributed_optimizer else 1 for kind, count in copies.items()}
         state = sum(n * (ADAM + (MASTER if precision == "bf16" else 0)) // split[kind] for kind, n in learn.items())
         shared = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_shared(p))
-    total = both.get_total_flops() / len(batches)
-    first = forward.get_total_flops() / len(batches)
     scale = micro / len(batches)
     data_sent = sum(
         4 * n + n * (2 if precision == "bf16" else 4) // split[kind] for kind, n in learn.items() if copies[kind] > 1
@@ -138,8 +133,8 @@ def stage_needs(
         gradients=gradients,
         optimizer=state,
         activations=meter.peak - weights - gradients,
-        forward_flops=first,
-        backward_flops=total - first,
+        forward_flops=tuple(flops / len(batches) for flops in counted.forward),
+        backward_flops=tuple(flops / len(batches) for flops in counted.backward),
         sent=sent,
         data_sent=data_sent,
     )
@@ -151,6 +146,6 @@ def _gradients(chunk: DistributedDataParallel) -> list[Tensor]:
 
 
 def _enough(parallel: ParallelConfig, micro: int) -> int:
-    """Micro-batches after which a stage holds no more than before: the interleaved schedule warms up twice as long,
-    and takes multiples of the stages only."""
+    """Micro-batches after which a stage holds in no pass more than before, of any chunk (`timeline.held`): the
+    interleaved schedule warms up twice as long, and takes multiples of the stages only."""
     return min(micro, parallel.pipeline * (2 if parallel.virtual > 1 else 1))

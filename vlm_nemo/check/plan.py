@@ -12,7 +12,7 @@ from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
 from vlm_nemo.check.sizes import GIB, told, unit_of
-from vlm_nemo.check.timeline import Timeline, one_f_one_b
+from vlm_nemo.check.timeline import Timeline, simulate
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.share import uneven
@@ -100,7 +100,7 @@ def changed(batch: ModelBatch, change: Callable[[Tensor], Tensor]) -> ModelBatch
 
 def timeline(stages: Sequence[StageNeeds], micro: int) -> Timeline:
     """Of a step, in FLOPs: as if every stage computed at the same rate."""
-    return one_f_one_b([s.forward_flops for s in stages], [s.backward_flops for s in stages], micro)
+    return simulate([s.forward_flops for s in stages], [s.backward_flops for s in stages], micro)
 
 
 def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Finding:
@@ -138,7 +138,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     work = Table(
         title="a step of one replica",
         columns=(
-            *("stage", "parts", "layers", "TFLOP", "share", f"tensor group {sent.name}"),
+            *("stage", "parts", "layers", "in flight", "TFLOP", "share", f"tensor group {sent.name}"),
             *((f"context group {sent.name}",) if job.parallel.context > 1 else ()),
             *(f"to stages {sent.name}", f"data group {sent.name}"),
             *(("experts M", f"to experts {sent.name}") if sparse else ()),
@@ -148,6 +148,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 str(s.stage),
                 " ".join(s.parameters),
                 "+".join(str(count) for count in layers[s.stage :: job.parallel.pipeline]),
+                str(held),
                 f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
                 f"{busy / sum(line.busy):.1%}",
                 sent.of(tensor),
@@ -155,7 +156,9 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 *map(sent.of, (on, data)),
                 *((f"{s.experts / 1e6:,.1f}", sent.of(tokens)) if sparse else ()),
             )
-            for s, busy, (tensor, context, on, data, tokens) in zip(stages, line.busy, carried, strict=True)
+            for s, busy, held, (tensor, context, on, data, tokens) in zip(
+                stages, line.busy, line.in_flight, carried, strict=True
+            )
         ],
     )
     where = f"the fullest rank (stage {worst.stage}) needs {told(worst.peak)} of {told(limit)}"
@@ -184,6 +187,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
             "layers": layers,
             "bubble": line.bubble,
             "balance": line.balance,
+            "in_flight": line.in_flight,
             "limit": limit,
         },
     )
