@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
 from vlm_nemo.check.needs import EXPERTS, StageNeeds
-from vlm_nemo.check.plan import Job, _copied, needs, plan
+from vlm_nemo.check.plan import Job, _copied, _shared_images, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.check.sizes import GIB, told
@@ -192,6 +192,10 @@ def test_the_plan_follows_the_cut_and_says_what_would_balance_it() -> None:
     assert finding.data["layers"] == [3, 1] and finding.data["balance"] > 1.3
     assert "(parallel.layers=[3,1]; parallel.layers=[] makes it 1.0" in finding.verdict
     assert "shared out over 2 ranks: the busiest does 1.0" in " ".join(finding.notes)
+    kept = replace(given, work=replace(given.work, apart=True))
+    assert _shared_images(kept) == [
+        "with data.vision_cache each of 2 ranks embeds all images of a row: none is shared out"
+    ]
     better = plan(
         replace(given, parallel=replace(given.parallel, layers=[])), memory_gib=1.0, reserve_gib=0.0, assumed="made up"
     )

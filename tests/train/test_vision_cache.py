@@ -12,7 +12,7 @@ from tests import runs, tiny
 from tests.data.raw_data import data_config, make_prepared, write_all_lengths
 from tests.ranks import run_ranks
 from vlm_nemo.data.config import AugmentConfig, DataConfig, PackConfig
-from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.config import ModelConfig, MoeConfig
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.vision_cache import check_cache
@@ -111,10 +111,18 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def history(prepared: Path, layout: dict[str, Any], cache: str | None) -> tuple[list[Any], tuple[int, int, int]]:
+def history(
+    prepared: Path,
+    layout: dict[str, Any],
+    cache: str | None,
+    precision: str = "bf16",
+    moe: MoeConfig | None = None,
+    shared: bool = False,
+) -> tuple[list[Any], tuple[int, int, int]]:
     """(loss, gradient norm) of a few steps on this rank's job, and what its store counted.
 
     In bf16, for some of the images come again in other rows (see the test of what stands beside an image).
+    shared: without a cache ranks share out a row's images where they can, as in training.
     """
     from vlm_nemo.data.config import LayoutConfig
     from vlm_nemo.data.feed import Feed
@@ -127,7 +135,7 @@ def history(prepared: Path, layout: dict[str, Any], cache: str | None) -> tuple[
     from vlm_nemo.train import optim, step
     from vlm_nemo.train.vision_cache import open_store, start_keeping
 
-    parallel, cfg = ParallelConfig(**layout), tiny.tiny_model()
+    parallel, cfg = ParallelConfig(**layout), tiny.tiny_model(**({} if moe is None else {"moe": moe}))
     cfg.language.vocab_size, cfg.language.max_positions = 320, 128
     rates, tokenizer = OptimConfig(projector_lr=1e-2, language_lr=1e-2), Tokenizer(prepared / "tokenizer")
     pack = PackConfig(capacity=128, pool=16)
@@ -137,17 +145,18 @@ def history(prepared: Path, layout: dict[str, Any], cache: str | None) -> tuple[
     spec = image_spec(LayoutConfig(aspect="squash"), size=16, patch=8)
     store, keeper = open_store(data_cfg, ranks), None
     feed = Feed(lambda: Loader(data_cfg, spec, tokenizer, seed=5, max_tokens=128, features=store, **where), ranks)
-    chunks = build_model(cfg, parallel, "bf16", seed=0)
+    chunks = build_model(cfg, parallel, precision, seed=0)
     optim.freeze(chunks, optim.part_rates(rates))
     model = optim.wrap(chunks, parallel)
-    optimizer = optim.build_optimizer(rates, parallel, "bf16", model)
+    optimizer = optim.build_optimizer(rates, parallel, precision, model)
     step.prepare_model(model)
     if cache:
-        keeper = start_keeping(store, chunks, cfg, parallel, "bf16")
+        keeper = start_keeping(store, chunks, cfg, parallel, precision)
+    sharing = chunks[0].image_place if shared and not cache else (0, 1)
     found = []
     for number in range(1, STEPS + 1):
         rows = feed.next().batches
-        how: dict[str, Any] = dict(image_token=tokenizer.image_id, device=device.device())
+        how: dict[str, Any] = dict(image_token=tokenizer.image_id, device=device.device(), sharing=sharing)
         context = (ranks.context_rank, ranks.context)
         batches = [model_batch(row, cfg, context=context, **how) for row in rows]
         if keeper:
@@ -202,6 +211,39 @@ def test_layouts_of_four(prepared: Path, tmp_path: Path) -> None:
         "tp2_dp2": dict(tensor=2),
     }
     check(run_ranks(histories, 4, prepared, tmp_path, layouts))
+
+
+SHARING: dict[str, dict[str, Any]] = {
+    "tp2_v1": dict(tensor=2, vision=1),
+    "cp2": dict(context=2),
+    "ep2": dict(expert=2, tensor=2, vision=1, sequence=True),
+}
+"""Without the cache these ranks share out a row's images."""
+
+
+def shared_histories(prepared: Path, folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
+    """In fp32, of a model with experts: as `histories`."""
+    from vlm_nemo.runtime import device, groups
+
+    moe, found = MoeConfig(experts=4, ffn_hidden_size=24, aux_loss=0.1), {}
+    with device.adapter():
+        groups.start(ParallelConfig(), seed=0)
+        for name, layout in layouts.items():
+            caches = (None, f"{folder}/{name}", f"{folder}/{name}")
+            found[name] = [history(prepared, layout, cache, "fp32", moe, shared=True) for cache in caches]
+        groups.stop()
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_that_share_out_images_train_alike_with_it(prepared: Path, tmp_path: Path) -> None:
+    (alone,) = run_ranks(shared_histories, 1, prepared, tmp_path, {"alone": {}})
+    truth = alone["alone"][0][0]
+    for rank in run_ranks(shared_histories, 2, prepared, tmp_path, SHARING):
+        for name in SHARING:
+            for found, _ in rank[name]:
+                for step, true in zip(found, truth, strict=True):
+                    assert step == pytest.approx(true, rel=1e-5), name
 
 
 def test_an_image_has_the_same_features_whatever_stands_beside_it() -> None:

@@ -1,15 +1,17 @@
-"""A run that goes on keeps its cut where that fits, and cuts anew where it does not."""
+"""A run that goes on keeps its cut where that fits, and cuts anew where it does not; what it tells."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from tests import tiny
 from vlm_nemo.config import Config
+from vlm_nemo.model.stages import Work
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.verbs.cut import cut_of_checkpoint
+from vlm_nemo.verbs.cut import _told, cut_of_checkpoint
 
 
 def test_the_cut_of_a_checkpoint(tmp_path: Path) -> None:
@@ -22,3 +24,14 @@ def test_the_cut_of_a_checkpoint(tmp_path: Path) -> None:
     assert cut_of_checkpoint(cfg, tmp_path) == []
     (tmp_path / "config.yaml").write_text("model: {}\n")
     assert cut_of_checkpoint(cfg, tmp_path) == []
+
+
+def test_what_is_told_of_images() -> None:
+    """With data.vision_cache nothing is shared out, and nothing else is said."""
+    parallel = ParallelConfig(tensor=2, vision=1)
+    cfg = Config(model=tiny.tiny_model(), parallel=parallel)
+    work = Work(lengths=(40,), grids=(((2, 2), (2, 2)),), supervised=8)
+    (line,) = _told(cfg, parallel, work)
+    assert line.startswith("vision: 2 ranks share out the images of a row, the busiest does 1.00 x the mean")
+    apart = _told(cfg, parallel, replace(work, apart=True))
+    assert apart == ["vision: with data.vision_cache each of 2 ranks embeds all images of a row"]

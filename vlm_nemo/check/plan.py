@@ -197,6 +197,8 @@ def _shared_images(job: Job) -> list[str]:
     """How evenly a row's images are shared out over tensor and context ranks, where they are."""
     if (sharing := image_ranks(job.parallel)) == 1:
         return []
+    if job.work.apart:
+        return [f"with data.vision_cache each of {sharing} ranks embeds all images of a row: none is shared out"]
     busiest = uneven(job.model, job.work.grids, sharing, job.work.views)
     return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
 

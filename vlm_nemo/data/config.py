@@ -104,7 +104,8 @@ class DataConfig:
     """Remote sources: tries, time limits, cache."""
     vision_cache: str | None = None
     """Folder for what a frozen vision tower makes of the images: computed once, to the bit the same when read back,
-    also by later runs; null = computed every time. `vlm-nemo check` says how large it gets."""
+    also by later runs; null = computed every time. Ranks that could share out a row's images (parallel.vision=1) embed
+    all of them each. `vlm-nemo check` says how large it gets."""
     vision_cache_gb: float = 500.0
     """Size limit of that folder, GB; what does not fit is computed every time."""
 

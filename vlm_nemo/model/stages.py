@@ -23,7 +23,7 @@ from vlm_nemo.model.flops import Grid, layer_flops, step_flops
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.share import uneven
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import image_ranks
+from vlm_nemo.runtime.layout import image_ranks, vision_layout
 from vlm_nemo.types import PackedBatch
 
 TIE = 1e-9
@@ -44,6 +44,8 @@ class Work:
     """Of every image; None = one each."""
     looked: tuple[tuple[int, int], ...] = ()
     """So many tokens look at so many features, in the layers of the decoder that look at images."""
+    apart: bool = False
+    """Ranks that could share out a row's images embed all of them each (data.vision_cache)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     """trained: part -> whether it learns: a frozen tower has no backward pass, a frozen decoder makes no gradients of
     its weights.
 
-    Where ranks share out images (`parallel.vision`), the one with most decides how long vision takes; where the tower
-    is split instead, every context rank embeds all images.
+    Where ranks share out images (`parallel.vision`), the one with most decides how long vision takes; where they do
+    not, every context rank embeds all images, and with a whole tower every tensor rank too.
     """
     grids = [grid for row in work.grids for grid in row]
     all_parts = step_flops(
@@ -77,8 +79,9 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     )
     features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if work.looked else 0
     first = all_parts.vision + all_parts.projector
-    sharing = image_ranks(parallel)
-    first *= uneven(cfg, work.grids, sharing, work.views) if sharing > 1 else parallel.context
+    sharing = image_ranks(parallel, apart=work.apart)
+    alone = parallel.tensor * parallel.context // vision_layout(parallel).tensor
+    first *= uneven(cfg, work.grids, sharing, work.views) if sharing > 1 else alone
     layers = range(cfg.language.num_layers)
     return Costs(
         first=first,
@@ -87,14 +90,15 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     )
 
 
-def work_of(rows: Sequence[PackedBatch], cfg: ModelConfig) -> Work:
-    """Of packed rows, whatever is in their images."""
+def work_of(rows: Sequence[PackedBatch], cfg: ModelConfig, *, apart: bool = False) -> Work:
+    """Of packed rows, whatever is in their images. apart: see `Work`."""
     return Work(
         lengths=tuple(length for row in rows for length in row.lengths),
         grids=tuple(tuple((int(h), int(w)) for h, w in row.images.grids.tolist()) for row in rows),
         supervised=sum(row.supervised for row in rows),
         views=tuple(count for row in rows for count in row.images.views.tolist()),
         looked=tuple(look for row in rows for look in looked(row, cfg)),
+        apart=apart,
     )
 
 

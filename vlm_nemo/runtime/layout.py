@@ -86,9 +86,10 @@ def vision_alone(parallel: ParallelConfig) -> bool:
     return parallel.vision is not None and parallel.vision != parallel.tensor
 
 
-def image_ranks(parallel: ParallelConfig) -> int:
-    """Ranks that share out a row's images: tensor x context, where each of them holds the whole tower."""
-    return parallel.tensor * parallel.context if vision_layout(parallel).tensor == 1 else 1
+def image_ranks(parallel: ParallelConfig, *, apart: bool = False) -> int:
+    """Ranks that share out a row's images: tensor x context, where each of them holds the whole tower; 1 with apart:
+    each embeds all of them itself (data.vision_cache)."""
+    return parallel.tensor * parallel.context if vision_layout(parallel).tensor == 1 and not apart else 1
 
 
 def vision_layout(parallel: ParallelConfig) -> ParallelConfig:

@@ -7,7 +7,8 @@ What is read back is what the tower gave, to the bit, and a row of which an imag
 whole, as it would without the cache: so a run over rows that were kept before has the losses of one without, to the
 bit. In other rows (another epoch) an image has the features of the row that it was first seen in. They are the same
 bits where the device's matrix products round a patch alike whatever stands beside it; else the last bit may differ.
-Where ranks would share a row's images out, with the cache each embeds all of them: that is done once an image.
+Where ranks would share a row's images out, with the cache each embeds all of them: that is done once an image, and
+the losses are those without the cache but for the order of additions.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ ROWS = 16
 def first_work(cfg: Config, sources: Sources) -> Work:
     """What the first rows of the run's data hold. Raises UserError where nothing can be used."""
     planned = sources.planner(cfg.model.language.max_positions).step(ROWS).rows
-    return work_of([blank_row(sources.encoder, row, cfg.data.pack.capacity) for row in planned], cfg.model)
+    rows = [blank_row(sources.encoder, row, cfg.data.pack.capacity) for row in planned]
+    return work_of(rows, cfg.model, apart=cfg.data.vision_cache is not None)
 
 
 def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, list[str]]:
@@ -65,7 +66,9 @@ def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:
     if parallel.pipeline > 1:
         costs = costs_of(cfg.model, parallel, learns(cfg.optim), work)
         lines.append(f"pipeline: {described(costs, parallel.layers, parallel.pipeline)}, by the first {ROWS} rows")
-    if (sharing := image_ranks(parallel)) > 1:
+    if (sharing := image_ranks(parallel)) > 1 and work.apart:
+        lines.append(f"vision: with data.vision_cache each of {sharing} ranks embeds all images of a row")
+    elif sharing > 1:
         busiest = uneven(cfg.model, work.grids, sharing, work.views)
         lines.append(
             f"vision: {sharing} ranks share out the images of a row, the busiest does {busiest:.2f} x the mean, by the "
