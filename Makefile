@@ -12,7 +12,7 @@ ready := $(bin)/.ready
 .PHONY: demo test test-slow check clean setup
 
 demo: $(ready)
-	@DEMO=$(DEMO) PYTHON=$(bin)/python launch/demo.sh
+	@DEMO=$(DEMO) VLM_NEMO_PYTHON=$(bin)/python launch/demo.sh
 
 test: $(ready)
 	$(bin)/python -m pytest -q

@@ -7,8 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=runs/demo
 form=${DEMO:-full} # what is asked for; $out/form says what was made
-export PYTHON=${PYTHON:-.venv/bin/python}
-python=$PYTHON
+export VLM_NEMO_PYTHON=${VLM_NEMO_PYTHON:-.venv/bin/python}
+python=$VLM_NEMO_PYTHON
 # Two data-parallel processes use two cores better than one process with two threads.
 ranks=$(($(nproc) > 1 ? 2 : 1))
 

@@ -11,7 +11,7 @@
 #   it ended before, unasked        exit code 3 (trainer.stop_at, SIGTERM to the ranks): the next stage must not start
 #
 # Environment, all optional; sbatch passes the submitting shell's on:
-#   PYTHON                   the interpreter; else .venv/bin/python of the project's folder, else vlm-nemo on PATH
+#   VLM_NEMO_PYTHON          the interpreter; else .venv/bin/python of the project's folder, else vlm-nemo on PATH
 #   VLM_NEMO_HOME            the project's folder, where it is not the one that the job was submitted from
 #   VLM_NEMO_MAX_RESTARTS    how often a failure without a new checkpoint in between is tried again (3)
 #   VLM_NEMO_CONTAINER       an image for pyxis (--container-image); vlm-nemo inside it is used
@@ -43,9 +43,9 @@ choose_program() {
         local mounts=$PWD:$PWD${VLM_NEMO_MOUNTS:+,$VLM_NEMO_MOUNTS}
         container=(--container-image="$VLM_NEMO_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD")
         vlm=(vlm-nemo)
-        [ -z "${PYTHON:-}" ] || vlm=("$PYTHON" -m vlm_nemo)
-    elif [ -n "${PYTHON:-}" ]; then
-        vlm=("$PYTHON" -m vlm_nemo)
+        [ -z "${VLM_NEMO_PYTHON:-}" ] || vlm=("$VLM_NEMO_PYTHON" -m vlm_nemo)
+    elif [ -n "${VLM_NEMO_PYTHON:-}" ]; then
+        vlm=("$VLM_NEMO_PYTHON" -m vlm_nemo)
     elif [ -x "$home/.venv/bin/python" ]; then
         vlm=("$home/.venv/bin/python" -m vlm_nemo)
     elif command -v vlm-nemo >/dev/null; then

@@ -8,10 +8,10 @@ if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "error: usage: launch/local.sh N VERB [key=value ...], with N processes" >&2
     exit 2
 fi
-if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
-    PYTHON=$root/.venv/bin/python
+if [ -z "${VLM_NEMO_PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+    VLM_NEMO_PYTHON=$root/.venv/bin/python
 fi
-python=${PYTHON:-python3}
+python=${VLM_NEMO_PYTHON:-python3}
 
 for word in "$@"; do
     case $word in

@@ -33,7 +33,7 @@ words_of() {
 }
 
 # Every stage's words before the first is submitted; the layout is checked by the job, which knows the ranks.
-python=${PYTHON:-$home/.venv/bin/python}
+python=${VLM_NEMO_PYTHON:-$home/.venv/bin/python}
 if [ -x "$(command -v "$python")" ]; then
     vlm=("$python" -m vlm_nemo)
 elif command -v vlm-nemo >/dev/null; then

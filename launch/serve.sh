@@ -7,7 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ "${RANKS:-1}" -gt 1 ]; then
     exec "$root/launch/local.sh" "$RANKS" serve "$@"
 fi
-if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
-    PYTHON=$root/.venv/bin/python
+if [ -z "${VLM_NEMO_PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+    VLM_NEMO_PYTHON=$root/.venv/bin/python
 fi
-exec "${PYTHON:-python3}" -m vlm_nemo serve "$@"
+exec "${VLM_NEMO_PYTHON:-python3}" -m vlm_nemo serve "$@"

@@ -35,7 +35,7 @@ HELP_CPU_S = 0.5
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    full = {**clean, "PYTHON": sys.executable, **env}
+    full = {**clean, "VLM_NEMO_PYTHON": sys.executable, **env}
     return subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, check=False)
 
 

@@ -71,7 +71,8 @@ def job(tmp_path: Path) -> dict[str, str]:
     return {
         **inherited,
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "PYTHON": f"{tmp_path}/bin/python",
+        "VLM_NEMO_PYTHON": f"{tmp_path}/bin/python",
+        "PYTHON": "/nowhere",  # what make builds .venv with is no matter of a job's
         "FAKE_RUN": f"{tmp_path}/run",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": "12345",
@@ -194,7 +195,7 @@ def test_outside_slurm_it_says_what_to_do(job: dict[str, str]) -> None:
 def test_a_pipeline_is_checked_before_the_first_job(tmp_path: Path) -> None:
     (tmp_path / "sbatch").write_text(f"#!/usr/bin/env bash\ntouch {tmp_path}/submitted\n")
     (tmp_path / "sbatch").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "VLM_NEMO_PYTHON": sys.executable}
     command = ["launch/pipeline.sh", "--nodes=2", "shapes", "stage3:trainer.stepps=3"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr == "error: no option trainer.stepps; did you mean trainer.steps?\n"

@@ -40,7 +40,7 @@ def serving(*words: object, ranks: int = 1) -> Iterator[tuple[str, subprocess.Po
     """The URL that it prints, and the process; afterwards it is told to stop, and has to end well."""
     start = [sys.executable, "-m", "vlm_nemo"] if ranks == 1 else ["launch/local.sh", str(ranks)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "VLM_NEMO_API_KEY")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    environment |= {"OMP_NUM_THREADS": "1", "VLM_NEMO_PYTHON": sys.executable}
     command = [*start, "serve", "serve.port=0", *map(str, words)]
     process = subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
