@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vlm_nemo.model.attention import cached_attention, packed_attention
 from vlm_nemo.model.cache import KVCache, cached_step
-from vlm_nemo.model.segments import SLACK, alike, make_segments
+from vlm_nemo.model.segments import SHORT, alike, make_segments
 
 HEADS, KV_HEADS, D = 4, 2, 8
 
@@ -135,9 +135,11 @@ def test_only_like_lengths_share_a_rectangle(lengths: list[int]) -> None:
     longest = alike(lengths)
     assert longest == sorted(set(longest)) and set(longest) <= set(lengths) and longest[-1] == max(lengths)
     for length in lengths:
-        assert length >= 0.9 * next(limit for limit in longest if limit >= length) - SLACK
+        limit = next(limit for limit in longest if limit >= length)
+        assert length > limit / 2 if limit <= SHORT else length >= 0.9 * limit
     for short, long in itertools.pairwise(longest):
-        assert short < 0.9 * long - SLACK, "no more rectangles than needed"
+        assert long <= SHORT or short < 0.9 * long, "no more rectangles than needed"
+    assert sum(limit <= SHORT for limit in longest) <= 9, "one for each power of two"
 
 
 def test_masks_stay_small() -> None:

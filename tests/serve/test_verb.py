@@ -54,7 +54,11 @@ def serving(*words: object, ranks: int = 1) -> Iterator[tuple[str, subprocess.Po
         process.kill()
 
 
-@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",), ("parallel.pipeline=2",)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [(), ("parallel.tensor=2",), pytest.param(("parallel.pipeline=2",), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_server_says_what_generate_says(checkpoint: Path, said: str, layout: tuple[str, ...]) -> None:
     with serving(f"checkpoint={checkpoint}", *layout, ranks=2 if layout else 1) as (url, _):
         body = {"messages": user(image_part(png(64, 64)), QUESTION), "temperature": 0, "max_tokens": 12}

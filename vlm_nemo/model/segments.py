@@ -29,8 +29,8 @@ from torch import Tensor
 from vlm_nemo.model.balance import Balance
 from vlm_nemo.model.looks import Looks
 
-SLACK = 16
-"""Tokens that a sample may be shorter than another in its rectangle, whatever their length."""
+SHORT = 256
+"""Tokens of samples that are cheaper to compute with some empty cells than each by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,17 +182,24 @@ def lay_out(lengths: Sequence[int], causal: bool) -> tuple[list[tuple[int, int]]
 def alike(lengths: Sequence[int]) -> list[int]:
     """The longest length of each group of lengths that share a rectangle, ascending.
 
-    A length joins the group of a longer one if it misses no more than a tenth of it and SLACK tokens: on conversations
-    the cells hold 3 % more pairs than the samples do, with groups of a factor of two 17 %; and where samples are short,
-    a few empty cells cost less than one more call.
+    A length joins the group of a longer one if it misses no more than a tenth of it: on conversations the cells then
+    hold 3 % more pairs of tokens than the samples do, with groups between powers of two 17 %. Up to SHORT a few empty
+    cells cost less than one more call, and groups lie between powers of two.
 
         1023 1000 940 700 60 40 -> 60 700 1023
     """
     found: list[int] = []
     for length in sorted(set(lengths), reverse=True):
-        if not found or length < 0.9 * found[-1] - SLACK:
+        longest = found[-1] if found else 0
+        joins = _octave(length) == _octave(longest) if longest <= SHORT else length >= 0.9 * longest
+        if not found or not joins:
             found.append(length)
     return found[::-1]
+
+
+def _octave(length: int) -> int:
+    """The power of two that it does not exceed."""
+    return (length - 1).bit_length()
 
 
 def block_runs(blocks: Tensor, cu: Sequence[int]) -> list[tuple[int, int, int]]:
