@@ -119,9 +119,9 @@ def test_evaluation_is_the_same_at_every_layout(
 
 def test_every_form_of_a_model_answers_alike(one_process: Path, stages: Path, shards: Path, tmp_path: Path) -> None:
     """A checkpoint, its Hugging Face folder (under two tensor ranks) and its export: the same predictions."""
-    runs.vlm_nemo("convert", f"checkpoint={stages}/stage1", f"out={tmp_path}/hf", fresh=True)
+    runs.vlm_nemo("convert", f"checkpoint={stages}/stage1", f"out={tmp_path}/hf")
     words = [f"checkpoint={stages}/stage1", f"out={tmp_path}/export", "precision=fp32"]
-    runs.vlm_nemo("export", *words, fresh=True)
+    runs.vlm_nemo("export", *words)
     for form, layout, ranks in (("hf", ["parallel.tensor=2"], 2), ("export", [], 1)):
         words = [*runs.TINY, f"evaluate.data={shards}/eval", f"evaluate.{form}={tmp_path}/{form}", *layout]
         runs.vlm_nemo("evaluate", *words, f"run_dir={tmp_path}/{form}_eval", ranks=ranks)
