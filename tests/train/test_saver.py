@@ -106,6 +106,15 @@ def test_without_memory_for_the_copies_the_step_waits(
     assert checkpoint.verify(tmp_path / "step_000001") == [] and saver._copies.bytes == 0
 
 
+def failing(code: int, *path: str) -> Callable[..., None]:
+    """What stands in for a function that the disk refuses."""
+
+    def fails(*given: Any) -> None:
+        raise OSError(code, os.strerror(code), *path)
+
+    return fails
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [(errno.ENOSPC, r"was not written: the disk is full \(.*weights/vision_00000.safetensors\)"), (errno.EIO, "Input")],
@@ -117,10 +126,7 @@ def test_an_error_is_one_line_and_the_one_before_stays(
     made.save(saver)
     saver.wait()
 
-    def fails(*given: Any) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(tensors, "write", fails)
+    monkeypatch.setattr(tensors, "write", failing(code))
     made.done = 2
     made.save(saver)
     saver._thread.join()  # type: ignore[union-attr]
@@ -143,12 +149,9 @@ def test_an_error_after_the_commit_says_that_the_checkpoint_is_there(
     made.save(saver)
     saver.wait()
 
-    def fails(*given: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there")
-
     made.done = 2
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, fails)
+        patch.setattr(owner, name, failing(errno.ENOSPC, "there"))
         path = made.save(saver)
         with pytest.raises(UserError) as said:
             saver.wait()

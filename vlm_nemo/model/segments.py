@@ -190,16 +190,15 @@ def alike(lengths: Sequence[int]) -> list[int]:
     """
     found: list[int] = []
     for length in sorted(set(lengths), reverse=True):
-        longest = found[-1] if found else 0
-        joins = _octave(length) == _octave(longest) if longest <= SHORT else length >= 0.9 * longest
-        if not found or not joins:
+        if not found or not _joins(length, found[-1]):
             found.append(length)
     return found[::-1]
 
 
-def _octave(length: int) -> int:
-    """The power of two that it does not exceed."""
-    return (length - 1).bit_length()
+def _joins(length: int, longest: int) -> bool:
+    if longest > SHORT:
+        return length >= 0.9 * longest
+    return (length - 1).bit_length() == (longest - 1).bit_length()  # neither exceeds a power of two that the other does
 
 
 def block_runs(blocks: Tensor, cu: Sequence[int]) -> list[tuple[int, int, int]]:
