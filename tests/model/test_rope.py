@@ -1,15 +1,17 @@
-"""Rotary frequencies and angles against transformers' own."""
+"""Rotary frequencies and angles against transformers' own, and the turn against megatron-core's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
 from vlm_nemo.model.config import RopeScaling
-from vlm_nemo.model.rope import angles, frequencies
+from vlm_nemo.model.rope import angles, frequencies, table, turn
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
@@ -39,12 +41,37 @@ def test_sections_equal_qwen2_vl() -> None:
     )
     positions = torch.randint(0, 5000, (3, 1, 40), generator=torch.Generator().manual_seed(0))
     cos, sin = Qwen2VLRotaryEmbedding(config.text_config)(torch.zeros(1), positions)
-    found = angles(positions, frequencies(64, 1e4), [8, 10, 14])[:, :, 0].transpose(0, 1)
-    assert torch.allclose(found.cos(), cos, atol=1e-6) and torch.allclose(found.sin(), sin, atol=1e-6)
+    found = table(angles(positions, frequencies(64, 1e4), [8, 10, 14]), torch.float32)[:, :, 0].transpose(0, 1)
+    for ours, theirs in zip(found.chunk(2, dim=-1), (cos, sin), strict=True):
+        assert torch.allclose(torch.cat((ours, ours), dim=-1), theirs, atol=1e-6)
 
 
 def test_three_equal_positions_are_ordinary_ones() -> None:
     positions = torch.tensor([0, 1, 2, 0, 1, 7]).expand(3, 1, -1)
     turns = frequencies(8, 1e4)
     assert torch.equal(angles(positions, turns, [1, 1, 2]), angles(positions, turns))
-    assert torch.equal(angles(positions, turns)[5, 0, 0], torch.cat((7 * turns, 7 * turns)))
+    assert torch.equal(angles(positions, turns)[5, 0, 0], 7 * turns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turns_as_megatron_does(dtype: torch.dtype) -> None:
+    """To the bit, the gradient too; and the table is all that is kept for it."""
+    positions = torch.tensor([0, 1, 2, 0, 1, 4000]).expand(3, 1, -1)
+    turns = angles(positions, frequencies(16, 1e4))
+    x, grad = torch.randn(6, 1, 3, 16, dtype=dtype, requires_grad=True), torch.randn(6, 1, 3, 16, dtype=dtype)
+    by, kept = table(turns, dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = turn(x, by)
+    assert [t is by for t in kept] == [True]
+    found.backward(grad)
+    ours, x.grad = x.grad, None
+    config = TransformerConfig(num_layers=1, hidden_size=48, num_attention_heads=3)
+    expected = apply_rotary_pos_emb(x, torch.cat((turns, turns), dim=-1), config, cp_group=object())
+    expected.backward(grad)
+    assert torch.equal(found, expected) and torch.equal(ours, x.grad)
+
+
+def test_numerical_gradient_of_a_turn() -> None:
+    x = torch.randn(4, 1, 2, 8, dtype=torch.float64, requires_grad=True)
+    by = table(torch.rand(4, 1, 1, 4), torch.float64)
+    assert torch.autograd.gradcheck(turn, (x, by))

@@ -33,7 +33,7 @@ from vlm_nemo.runtime.config import ParallelConfig
 
 
 class DecoderLayer(TransformerLayer):
-    """A layer that takes its angles from the table of its kind (global or local), tells its experts which samples the
+    """A layer that turns by the table of its kind (global or local), tells its experts which samples the
     row holds, and, with sandwich, norms what attention and MLP give before it is added (Gemma 3)."""
 
     def __init__(self, *given: Any, sandwich: bool, **named: Any) -> None:
@@ -87,7 +87,7 @@ class Decoder(GPTModel):
                 tp_group=self.pg_collection.tp,
             )
             self.setup_embeddings_and_output_layer()
-        self.rotary_pos_emb = Rotary(cfg, config.kv_channels)
+        self.rotary_pos_emb = Rotary(cfg, config.kv_channels, config.params_dtype)
         if self.post_process:  # GPTModel takes no spec for it; Head has no state of its own
             self.output_layer.__class__ = Head
         # Rounded as the embeddings are: Gemma was trained with 50.5 for sqrt(2560) in bf16

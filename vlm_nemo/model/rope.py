@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies, stretched for longer texts, and the table of angles of a row. Pure but for `Rotary`.
+"""Rotary positions: frequencies, stretched for longer texts, a row's table of cosines and sines, and the turn itself.
 
 M-RoPE (Qwen2-VL) gives a token three positions, time, row and column; sections say how many frequencies follow each:
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,33 +39,71 @@ def _llama3(found: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def angles(positions: Tensor, found: Tensor, sections: Sequence[int] = ()) -> Tensor:
-    """positions: [3, B, T]; found: [d / 2], from `frequencies` -> [T, B, 1, d], both halves of a head alike.
+    """positions: [3, B, T]; found: [d / 2], from `frequencies` -> [T, B, 1, d / 2].
 
     sections: frequencies that follow each of the three positions; empty = all follow the first.
     """
     if sections:
         each = [p[..., None].float() * f for p, f in zip(positions, found.split(list(sections)), strict=True)]
-        half = torch.cat(each, dim=-1)
+        turns = torch.cat(each, dim=-1)
     else:
-        half = positions[0][..., None].float() * found
-    return torch.cat((half, half), dim=-1).transpose(0, 1).unsqueeze(2)
+        turns = positions[0][..., None].float() * found
+    return turns.transpose(0, 1).unsqueeze(2)
+
+
+def table(turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Angles [..., d / 2] fp32 -> [..., d]: their cosines, then their sines. Once a row; layers only multiply."""
+    return torch.cat((turns.cos(), turns.sin()), dim=-1).to(dtype)
+
+
+def turn(x: Tensor, by: Tensor) -> Tensor:
+    """Every channel i of the first half of a head turned against i of the second half, as Llama does.
+
+    x: [T, B, heads, d]; by: [T, B, 1, d], from `table` -> as x.
+    """
+    assert x.shape[-1] == by.shape[-1] and x.dtype == by.dtype, (x.shape, by.shape, x.dtype, by.dtype)
+    return _Turn.apply(x, by)
+
+
+class _Turn(torch.autograd.Function):
+    """Keeps the table alone: the gradient turns back by it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+        ctx.save_for_backward(by)
+        cos, sin = by.chunk(2, dim=-1)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        cos, sin = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return _turned(grad, cos, -sin), None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    to_a, to_b = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=to_a).sub_(b * sin)
+    torch.mul(b, cos, out=to_b).add_(a * sin)
+    return out
 
 
 class Rotary(nn.Module):
-    """The decoder's angles: [T, B, 1, d], or [2, T, B, 1, d] (global layers', local layers') where local ones turn
+    """The decoder's table: [T, B, 1, d], or [2, T, B, 1, d] (global layers', local layers') where local ones turn
     by a base of their own. Stands where GPTModel keeps its rotary module, and is called like megatron's M-RoPE."""
 
-    def __init__(self, cfg: LanguageConfig, head_dim: int) -> None:
+    def __init__(self, cfg: LanguageConfig, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         # Plain tensors, not buffers: a model cast to bf16 would cast those too
         self.everywhere = frequencies(head_dim, cfg.rope_base, cfg.rope_scaling).to(device.device())
         self.local: Tensor | None = None
         if cfg.rope_local_base is not None:
             self.local = frequencies(head_dim, cfg.rope_local_base).to(device.device())
-        self.sections = list(cfg.mrope_section)
+        self.sections, self.dtype = list(cfg.mrope_section), dtype
 
     def forward(self, positions: Tensor, *given: object, **more: object) -> Tensor:
-        table = angles(positions, self.everywhere, self.sections)
-        if self.local is None:
-            return table
-        return torch.stack((table, angles(positions, self.local, self.sections)))
+        turns = angles(positions, self.everywhere, self.sections)
+        if self.local is not None:
+            turns = torch.stack((turns, angles(positions, self.local, self.sections)))
+        return table(turns, self.dtype)

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,6 +28,7 @@ from vlm_nemo.model.attention import CoreAttention
 from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.mlp import SwiGLU, fits
 from vlm_nemo.model.norm import Norm
+from vlm_nemo.model.self_attention import IDLE, RotarySelfAttention
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import UserError
@@ -62,7 +63,8 @@ def transformer_config(
     projector live whole on the first stage and keep their sequence unsplit. recompute: none, selective or full. extra:
     a user's further fields (`model.megatron`), checked by name.
 
-    Raises UserError for an extra field that megatron-core does not have or that another key decides.
+    Raises UserError for an extra field that megatron-core does not have, that another key decides, or that would
+    change nothing.
     """
     decided: dict[str, Any] = dict(
         tensor_model_parallel_size=parallel.tensor,
@@ -107,6 +109,8 @@ def transformer_config(
             raise UserError(f"model.megatron.{name} is not a field of megatron-core's TransformerConfig")
         if name in decided:
             raise UserError(f"model.megatron.{name} is decided by another key of the recipe; set that one instead")
+        if name in IDLE:
+            raise UserError(f"model.megatron.{name} changes megatron-core's own attention, which is not used here")
     return TransformerConfig(**decided, **(extra or {}))
 
 
@@ -131,7 +135,7 @@ def block_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=kernels.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotarySelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=kernels.column,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.norm import Norm
+from vlm_nemo.model.rope import table
 from vlm_nemo.model.segments import Segments
 from vlm_nemo.model.tiles import TileRows, Tiling
 from vlm_nemo.model.transformer import ACTIVATIONS, transformer_config
@@ -108,8 +109,8 @@ class VisionTower(MegatronModule):
         else:
             assert isinstance(where, TileRows)
             x = tiling.fill(self.pre_norm(self.embed_tiles(views)), where)
-        angles = None if views.places is None else self.angles(views.places)
-        x, kept = self.run(self.blocks, x, where, angles, self.cfg.kept_layers)
+        turns = None if views.places is None else self.turns(views.places)
+        x, kept = self.run(self.blocks, x, where, turns, self.cfg.kept_layers)
         x = self.post_norm(x)
         if self.global_blocks is not None:
             assert tiling is not None and isinstance(where, TileRows)
@@ -126,11 +127,11 @@ class VisionTower(MegatronModule):
         blocks: TransformerBlock,
         x: Tensor,
         where: Segments | TileRows,
-        angles: Tensor | None,
+        turns: Tensor | None,
         keep: Sequence[int] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """[rows, D] through layers -> the same, and what the layers of `keep` gave."""
-        given: dict[str, Any] = dict(attention_mask=None, rotary_pos_emb=angles, packed_seq_params=where)
+        given: dict[str, Any] = dict(attention_mask=None, rotary_pos_emb=turns, packed_seq_params=where)
         if not keep:
             return blocks(x.unsqueeze(1), **given).squeeze(1), []
         again = self.training and blocks.config.recompute_granularity == "full"
@@ -187,13 +188,13 @@ class VisionTower(MegatronModule):
             row += count * patches
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def angles(self, places: Tensor) -> Tensor:
-        """2-D rotary angles, [N, 2] -> [N, 1, 1, d]: a quarter of a head turns with the row, a quarter with the column,
-        and the other half of it is what they turn with."""
+    def turns(self, places: Tensor) -> Tensor:
+        """The table of 2-D rotary positions, [N, 2] -> [N, 1, 1, d]: a quarter of a head turns with the row, a quarter
+        with the column, and the other half of it is what they turn against."""
         quarter = self.cfg.hidden_size // self.cfg.num_heads // 4
         exponent = torch.arange(quarter, dtype=torch.float32, device=places.device) / quarter
         angles = (places[:, :, None] * self.cfg.rope_base**-exponent).flatten(1)
-        return torch.cat((angles, angles), dim=1)[:, None, None]
+        return table(angles[:, None, None], self.patch_weight.dtype)
 
 
 def check(cfg: VisionConfig, parallel: ParallelConfig) -> None:

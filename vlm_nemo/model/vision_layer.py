@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,6 +23,7 @@ from vlm_nemo.model.boxes import split_rows
 from vlm_nemo.model.config import VisionConfig
 from vlm_nemo.model.kernels import PLAIN, Kernels
 from vlm_nemo.model.segments import Segments
+from vlm_nemo.model.self_attention import RotarySelfAttention
 from vlm_nemo.model.tiles import TileAttention, TileRows
 from vlm_nemo.model.transformer import mlp_spec, sum_over_ranks
 from vlm_nemo.runtime import groups
@@ -106,8 +107,8 @@ def _scaled(output_and_bias: tuple[Tensor, Tensor | None], scale: Tensor | None,
     return out if scale is None else out * scale
 
 
-class TowerSelfAttention(SelfAttention):
-    """megatron's, with switches of its own for the biases, and norms over all heads."""
+class TowerSelfAttention(RotarySelfAttention):
+    """The decoder's, with switches of its own for the biases, and norms over all heads."""
 
     def __init__(
         self, config: TransformerConfig, submodules: SelfAttentionSubmodules, *given: Any, **more: Any
