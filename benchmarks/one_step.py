@@ -25,6 +25,7 @@ from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import Flops, step_flops
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime.fusion import compiled
 from vlm_nemo.train import optim
 from vlm_nemo.train.step import prepare_model, train_step
 
@@ -45,6 +46,7 @@ def configuration(setting: Setting, out: Path, *, gpu: bool, quick: bool) -> Con
         "parallel.tensor=1",
         "parallel.sequence=false",
         f"parallel.recompute={setting.recompute}",
+        f"trainer.compile={setting.compile}",
     ]
     name = {1: "captions", 2: "instruct"}[setting.stage]
     words.append(f"data.sources.{name}.path={out / SOURCE}")
@@ -121,7 +123,7 @@ def run(setting: Setting, out: Path, *, quick: bool, profile: Path | None) -> di
     ranks = groups.start(cfg.parallel, cfg.seed)
     dtype = device.PRECISIONS[cfg.precision]
     limits = dict(seed=cfg.seed, max_tokens=cfg.model.language.max_positions, dp_rank=0, dp_size=ranks.data)
-    with closing(Loader(cfg.data, spec, tokenizer, **limits)) as loader:
+    with closing(Loader(cfg.data, spec, tokenizer, **limits)) as loader, compiled(cfg.trainer.compile):
         peak = matmul_tflops(dtype, 8192 if gpu else 1024, 3.0 if gpu else 0.5)
         chunks = build_model(cfg.model, cfg.parallel, cfg.precision, cfg.seed, fresh=())
         random_weights(chunks, cfg.model.init_std)

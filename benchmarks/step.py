@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Setting:
     global_packs: int
     steps: int
     warm_up: int
+    compile: str = "auto"
+    """trainer.compile"""
 
     def __str__(self) -> str:
         return f"rows of {self.capacity} x {self.micro_packs} a forward, recompute {self.recompute}"
@@ -137,16 +139,17 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as data:
             out = make(Path(data), stage, *((24, 3) if args.quick else (1500, 256) if gpu else (300, 24)))
             profile = Path(args.profile) / f"step_{slug}_stage{stage}.txt" if args.profile else None
-            for setting in settings(stage, gpu=gpu, quick=args.quick, steps=args.steps):
-                found = attempt(setting, out, profile=profile, quick=args.quick, gpu=gpu)
-                if found is not None:
-                    break
-                print(f"stage {stage} does not fit this device's memory with {setting}; trying the next", flush=True)
-            else:
-                print(f"stage {stage} fits this device's memory with no setting; left out", flush=True)
-                continue
-        raw.append(found)
-        rows.append(row_of(found, setting))
+            tried = settings(stage, gpu=gpu, quick=args.quick, steps=args.steps)
+            for compile in args.compile:
+                for setting in (replace(one, compile=compile) for one in tried):
+                    found = attempt(setting, out, profile=profile, quick=args.quick, gpu=gpu)
+                    if found is not None:
+                        raw.append(found)
+                        rows.append(row_of(found, setting))
+                        break
+                    print(f"stage {stage} does not fit this device's memory with {setting}; trying the next")
+                else:
+                    print(f"stage {stage} fits this device's memory with no setting; left out")
     if not rows:
         sys.exit("no stage ran")
     show(f"one {device}", rows)
@@ -179,6 +182,7 @@ def row_of(found: dict[str, Any], setting: Setting) -> dict[str, Any]:
         "data wait, %": round(100 * found["waited_s"] / found["seconds"], 2),
         "peak memory, GiB": round(found["memory_bytes"] / 2**30, 2),
         "fill, %": round(100 * found["fill"], 2),
+        "compile": setting.compile,
         "setting": str(setting),
     }
 
@@ -190,9 +194,10 @@ def _claim(gpu: bool) -> str:
 
 
 def _figure(row: dict[str, Any], gpu: bool) -> str:
+    compiling = "" if row["compile"] == "auto" else f" (compile {row['compile']})"
     share = f"{row['MFU, %']} % MFU, " if row["MFU, %"] != "" else ""
     return (
-        f"stage {row['stage']}: {share}{row['of the matmul peak, %']} % of the matmul peak, "
+        f"stage {row['stage']}{compiling}: {share}{row['of the matmul peak, %']} % of the matmul peak, "
         f"{row['tokens/s']:,} tokens/s, {row['samples/s']} samples/s, data wait {row['data wait, %']} %, "
         f"{row['peak memory, GiB']} GiB"
     )
@@ -202,6 +207,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     found = parser("benchmarks.step", __doc__)
     found.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="default: 1 2")
     found.add_argument("--steps", type=int, help="timed steps; default 12 on a GPU, 5 on a CPU")
+    found.add_argument(
+        "--compile",
+        nargs="+",
+        default=["auto"],
+        choices=("auto", "always", "never"),
+        help="trainer.compile; each stage is run with each, default: auto",
+    )
     found.add_argument("--profile", metavar="DIR", help="write tables of the operations that took longest to DIR")
     return found.parse_args(argv)
 

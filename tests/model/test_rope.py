@@ -55,23 +55,24 @@ def test_three_equal_positions_are_ordinary_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_turns_as_megatron_does(dtype: torch.dtype) -> None:
-    """To the bit, the gradient too; and the table is all that is kept for it."""
+    """To the bit, gradients too; and the table is all that is kept for them."""
     positions = torch.tensor([0, 1, 2, 0, 1, 4000]).expand(3, 1, -1)
     turns = angles(positions, frequencies(16, 1e4))
-    x, grad = torch.randn(6, 1, 3, 16, dtype=dtype, requires_grad=True), torch.randn(6, 1, 3, 16, dtype=dtype)
+    given = [torch.randn(6, 1, heads, 16, dtype=dtype, requires_grad=True) for heads in (4, 2)]
+    slopes = [torch.randn_like(x) for x in given]
     by, kept = table(turns, dtype), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        found = turn(x, by)
+        found = turn(*given, by)
     assert [t is by for t in kept] == [True]
-    found.backward(grad)
-    ours, x.grad = x.grad, None
-    config = TransformerConfig(num_layers=1, hidden_size=48, num_attention_heads=3)
-    expected = apply_rotary_pos_emb(x, torch.cat((turns, turns), dim=-1), config, cp_group=object())
-    expected.backward(grad)
-    assert torch.equal(found, expected) and torch.equal(ours, x.grad)
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4)
+    both = torch.cat((turns, turns), dim=-1)
+    expected = [apply_rotary_pos_emb(x, both, config, cp_group=object()) for x in given]
+    ours, theirs = (torch.autograd.grad(out, given, slopes) for out in (found, expected))
+    for one, other in zip((*found, *ours), (*expected, *theirs), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_numerical_gradient_of_a_turn() -> None:
-    x = torch.randn(4, 1, 2, 8, dtype=torch.float64, requires_grad=True)
+    q, k = (torch.randn(4, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
     by = table(torch.rand(4, 1, 1, 4), torch.float64)
-    assert torch.autograd.gradcheck(turn, (x, by))
+    assert torch.autograd.gradcheck(turn, (q, k, by))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -78,14 +79,26 @@ def train_all(pairs: list[tuple[dict[str, object], str]]) -> list[list[tuple[flo
     return [train(ParallelConfig(**layout), *CASES[case]) for layout, case in pairs]  # type: ignore[arg-type]
 
 
+def train_compiled(pairs: list[tuple[dict[str, object], str]]) -> list[list[tuple[float, float]]]:
+    from vlm_nemo.runtime.fusion import compiled
+
+    with compiled("always"):
+        return train_all(pairs)
+
+
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, list[tuple[float, float]]]:
     alone = dict(distributed_optimizer=False)
     return dict(zip(CASES, run_ranks(train_all, 1, [(alone, case) for case in CASES])[0], strict=True))
 
 
-def compare(pairs: list[tuple[str, str]], world: int, truths: dict[str, list[tuple[float, float]]]) -> None:
-    for rank in run_ranks(train_all, world, [(LAYOUTS[name][1], case) for name, case in pairs]):
+def compare(
+    pairs: list[tuple[str, str]],
+    world: int,
+    truths: dict[str, list[tuple[float, float]]],
+    train: Callable[..., list[list[tuple[float, float]]]] = train_all,
+) -> None:
+    for rank in run_ranks(train, world, [(LAYOUTS[name][1], case) for name, case in pairs]):
         for (name, case), history in zip(pairs, rank, strict=True):
             for (loss, norm), (true_loss, true_norm) in zip(history, truths[case], strict=True):
                 assert loss == pytest.approx(true_loss, rel=1e-5), (name, case)
@@ -101,6 +114,11 @@ def test_layouts_equal_one_process(world: int, one_process: dict[str, list[tuple
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_layout_in_every_case(world: int, one_process: dict[str, list[tuple[float, float]]]) -> None:
     compare(list(itertools.product(of_size(world), CASES)), world, one_process)
+
+
+@pytest.mark.slow
+def test_compiled_layouts_equal_one_process_that_is_not(one_process: dict[str, list[tuple[float, float]]]) -> None:
+    compare([("tp2_sp", "tied"), ("tp2_recompute", "none"), ("pp2_vpp2", "stage1")], 2, one_process, train_compiled)
 
 
 def of_size(world: int) -> list[str]:

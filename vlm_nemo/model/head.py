@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from vlm_nemo.runtime.fusion import fused
 from vlm_nemo.types import IGNORE_INDEX
 
 CHUNK = 2**26
@@ -139,7 +140,6 @@ def _sweep(
         losses[cut] = found
         if slopes is None:
             continue
-        slopes = slopes.to(weight.dtype)
         if dx is not None:
             torch.mm(slopes, weight, out=dx[cut])
         if want_weight:
@@ -154,18 +154,16 @@ def _sweep(
 def _cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor, group: Any, slopes: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Weighted losses [rows]; and what they rise by with each of this rank's logits, in fp32, if asked for.
+    """Weighted losses [rows] in fp32; and what they rise by with each of this rank's logits, in theirs, if asked for.
 
     logits: [rows, V / ranks], written over; labels: [rows], counted from this rank's first word.
     """
     own = (labels >= 0) & (labels < logits.shape[1])
     at = labels.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    x = logits.float()
+    dtype = logits.dtype
+    x, top, total, picked = _exponentials(logits, at)
     del logits
-    picked = x.gather(1, at).squeeze(1) * own
-    top = x.amax(1)
-    x.sub_(top.unsqueeze(1)).exp_()
-    total = x.sum(1)
+    picked = picked * own
     scale = 1 / total
     if group.size() > 1:
         mine = torch.stack((top, total, picked))
@@ -176,7 +174,21 @@ def _cross_entropy(
         total, picked = (totals * (tops - highest).exp()).sum(0), pickeds.sum(0)
         scale, top = (top - highest).exp() / total, highest
     losses = (top + total.log() - picked) * weights
-    if not slopes:
-        return losses, None
-    x.mul_((scale * weights).unsqueeze(1)).scatter_add_(1, at, -(own * weights).unsqueeze(1))
-    return losses, x
+    scale, label = ((x * weights).unsqueeze(1) for x in (scale, own))
+    return losses, _slopes(x, at, scale, label, dtype) if slopes else None
+
+
+@fused
+def _exponentials(logits: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp(logits - top) [rows, V / ranks] in fp32, in place where logits are; top, their sum, and the logit at `at`."""
+    x = logits.float()
+    picked, top = x.gather(1, at).squeeze(1), x.amax(1)
+    x = x.sub_(top.unsqueeze(1)).exp_()
+    return x, top, x.sum(1), picked
+
+
+@fused
+def _slopes(x: Tensor, at: Tensor, scale: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale, and label less at `at`; x [rows, V / ranks] is written over, the others are [rows, 1]."""
+    there = x.gather(1, at) * scale - label
+    return x.mul_(scale).to(dtype).scatter_(1, at, there.to(dtype))

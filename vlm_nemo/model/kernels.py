@@ -8,6 +8,7 @@ way (norms stay apart from the products behind them), so that checkpoints do not
     linear layers of a layer    its linears, FP8 too     gradients added in place   megatron-core's
     norms of a layer            its norms                RMSNorm's kernel           torch's
     packed attention            FlashAttention 3, else 2, else torch's own: it cuts samples, windows and blocks apart
+    what stands between them    torch.compile (vlm_nemo/runtime/fusion.py), where the recipe has it
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlm_nemo.runtime.fusion import fused
+
 
 def fits(decided: Mapping[str, Any], extra: Mapping[str, Any]) -> bool:
     """Whether an MLP with these fields of megatron's config is a plain SwiGLU."""
@@ -39,15 +41,26 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return _product(both)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        gate, up = both.chunk(2, dim=-1)
-        out = torch.empty_like(both)
-        to_gate, to_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=to_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
-        return out
+        return _slopes(ctx.saved_tensors[0], grad)
+
+
+@fused
+def _product(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@fused
+def _slopes(both: Tensor, grad: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which takes no operators that write to parts of a tensor
+        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)), dim=-1)
+    out = torch.empty_like(both)
+    to_gate, to_up = out.chunk(2, dim=-1)
+    torch.mul(grad, F.silu(gate), out=to_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+    return out

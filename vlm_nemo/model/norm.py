@@ -7,6 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_nemo.runtime.fusion import fused
+
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, as `config.normalization` says. x: [..., D] -> [..., D].
@@ -30,8 +32,14 @@ class Norm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plus_one:  # in fp32: 1 + weight would lose the weight's last bits
-            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        if self.plus_one:
+            return _rms_norm_plus_one(x, self.weight, self.eps)
         if self.rms:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@fused
+def _rms_norm_plus_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In fp32: 1 + weight would lose the weight's last bits."""
+    return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), eps).to(x.dtype)

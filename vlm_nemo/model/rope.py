@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlm_nemo.model.config import LanguageConfig, RopeScaling
 from vlm_nemo.runtime import device
+from vlm_nemo.runtime.fusion import fused
 
 
 def frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
@@ -56,37 +57,44 @@ def table(turns: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((turns.cos(), turns.sin()), dim=-1).to(dtype)
 
 
-def turn(x: Tensor, by: Tensor) -> Tensor:
-    """Every channel i of the first half of a head turned against i of the second half, as Llama does.
+def turn(q: Tensor, k: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys with every channel i of the first half of a head turned against i of the second half, as Llama
+    does it.
 
-    x: [T, B, heads, d]; by: [T, B, 1, d], from `table` -> as x.
+    q: [T, B, heads, d]; k: [T, B, kv_heads, d]; by: [T, B, 1, d], from `table` -> as q and k.
     """
-    assert x.shape[-1] == by.shape[-1] and x.dtype == by.dtype, (x.shape, by.shape, x.dtype, by.dtype)
-    return _Turn.apply(x, by)
+    assert q.shape[-1] == by.shape[-1] and q.dtype == by.dtype, (q.shape, by.shape, q.dtype, by.dtype)
+    return _Turn.apply(q, k, by)
 
 
 class _Turn(torch.autograd.Function):
-    """Keeps the table alone: the gradient turns back by it."""
+    """Keeps the table alone: gradients turn back by it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(by)
         cos, sin = by.chunk(2, dim=-1)
-        return _turned(x, cos, sin)
+        return _turned(q, k, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, to_q: Tensor, to_k: Tensor) -> tuple[Tensor, Tensor, None]:
         cos, sin = ctx.saved_tensors[0].chunk(2, dim=-1)
-        return _turned(grad, cos, -sin), None
+        return *_turned(to_q, to_k, cos, -sin), None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    to_a, to_b = out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=to_a).sub_(b * sin)
-    torch.mul(b, cos, out=to_b).add_(a * sin)
-    return out
+@fused
+def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _turned_heads(q, cos, sin), _turned_heads(k, cos, sin)
+
+
+def _turned_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    halves = x.unflatten(-1, (2, -1))
+    a, b = halves.unbind(-2)
+    out = halves * cos.unsqueeze(-2)
+    # Not unbind: torch.compile would make a kernel for each length
+    out.select(-2, 0).sub_(b * sin)
+    out.select(-2, 1).add_(a * sin)
+    return out.flatten(-2)
 
 
 class Rotary(nn.Module):

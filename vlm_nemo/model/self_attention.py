@@ -44,7 +44,7 @@ class RotarySelfAttention(SelfAttention):
         """
         q, k, v = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None:
-            q, k = turn(q, rotary_pos_emb), turn(k, rotary_pos_emb)
+            q, k = turn(q, k, rotary_pos_emb)
         again = self.checkpoint_core_attention and self.training
         attend = self._checkpointed_attention_forward if again else self.core_attention
         return self.linear_proj(attend(q, k, v, None, packed_seq_params=packed_seq_params))

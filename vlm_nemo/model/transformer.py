@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import activations
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -31,12 +30,14 @@ from vlm_nemo.model.norm import Norm
 from vlm_nemo.model.self_attention import IDLE, RotarySelfAttention
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.fusion import fused
 from vlm_nemo.types import UserError
 
 
+@fused
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's. megatron's own is compiled, which fuses it on CUDA; on a CPU every process would wait for a compiler."""
-    return activations.quick_gelu(x) if x.is_cuda else x * torch.sigmoid(1.702 * x)
+    """CLIP's."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {

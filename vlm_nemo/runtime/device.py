@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import overrides
 from torch.overrides import TorchFunctionMode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -91,6 +92,15 @@ def adapter(pretend: bool = False) -> Iterator[None]:
         return
     _patch_megatron()
     with _CpuForCuda():
+        yield
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """Out of the adapter for a moment: what is compiled should neither see it nor depend on whether it is there."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(overrides._len_torch_function_stack()):
+            stack.enter_context(overrides._pop_mode_temporarily())
         yield
 
 

@@ -45,6 +45,9 @@ class TrainerConfig:
     """Stop after this step with a checkpoint, as a preemption would; the schedule still aims at `steps`."""
     peak_tflops: float | None = None
     """The device's dense peak at this precision, for MFU (H100/H200 SXM bf16: 989.4); null = no MFU."""
+    compile: str = field(default="auto", metadata={"choices": ("auto", "always", "never")})
+    """torch.compile of what stands between matrix products (`vlm_nemo.runtime.fusion`). auto: on a GPU, where it finds
+    a compiler; on a CPU the first step waits half a minute for it, so only with always."""
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.vlm import PARTS
-from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime import device, fusion, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim, tensors
@@ -107,6 +107,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
 
     # 2. The model, its weights, its optimizer
     fresh = () if saved else cfg.checkpoint.reset if origin else PARTS
+    fusing = opened.enter_context(fusion.compiled(cfg.trainer.compile))
     chunks = build_model(cfg.model, cfg.parallel, cfg.precision, cfg.seed, fresh)
     if source := saved.path if saved else origin:
         checkpoint.load_weights(source, chunks, skip_parts=fresh)
@@ -161,6 +162,8 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
                 log.warning(warning)
         for line in stages:
             metrics.say(line)
+        if fusing:
+            metrics.say("torch.compile makes small kernels during the first steps (trainer.compile)")
     ledger = Ledger.from_json(saved.state["ledger"]) if saved else Ledger()
     ledger.quiet = not ranks.main  # all ranks keep the same ledger; one names the samples
     trainer = Trainer(
