@@ -196,6 +196,7 @@ LAYOUTS = {
         (Case(layout=dict(overlap_grad_reduce=True, overlap_param_gather=True), world=2), {asked()}),
         (Case(layout=dict(distributed_optimizer=False), world=2), {asked()}),
     ],
+    "pipeline": [(Case(language="qwen2", layout=dict(pipeline=2), world=2, rank=rank), {asked()}) for rank in (0, 1)],
     "interleaved": [(Case(layout=dict(pipeline=2, virtual=2), world=2, rank=rank), {asked()}) for rank in (0, 1)],
 }
 
