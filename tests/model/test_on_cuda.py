@@ -66,7 +66,7 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step of training. Heads have 16 channels: attention's kernel takes multiples of 8 only."""
+    """A step of training."""
 
     tower: str = "clip"
     reduction: str = "none"
@@ -78,13 +78,15 @@ class Case:
     world: int = 1
     rank: int = 0
     experts: int | None = None
+    head_dim: int = 16
+    """Of the decoder; the tower's heads have 16"""
 
     def config(self) -> ModelConfig:
         kind = NATURAL.get(self.tower, "square")
         parts = dict(tower=self.tower, reduction=self.reduction, projector=self.projector, language=self.language)
         cfg = Composition(layout=kind, **parts).config()
         moe = MoeConfig(experts=self.experts, aux_loss=0.01, z_loss=0.001)
-        language = dict(head_dim=16, moe=moe, mrope_section=[2 * n for n in cfg.language.mrope_section])
+        language = dict(head_dim=self.head_dim, moe=moe, mrope_section=[2 * n for n in cfg.language.mrope_section])
         language |= {} if "pipeline" in self.layout or cfg.language.cross_attention_layers else dict(num_layers=2)
         return replace(cfg, vision=replace(cfg.vision, hidden_size=64), language=replace(cfg.language, **language))
 
@@ -164,6 +166,8 @@ FAMILIES = {
             {asked(), asked(window=(7, 0))},
         ),
         (Case(language="mistral", stage=1), {asked(window=(5, 0))}),
+        (Case(language="mistral", head_dim=12), set()),  # the kernel would refuse these heads
+        (Case(language="gemma3", head_dim=264), set()),
     ],
     "llama3.2": [(Case(tower="llama32", projector="cross_attention"), {asked()})],
     "ovis": [(Case(tower="aimv2", reduction="hidden_stride", projector="visual_vocabulary", stage=3), {asked()})],

@@ -104,8 +104,9 @@ def packed_attention(
 
 def _takes_varlen(q: Tensor, segments: Segments, window: int | None) -> bool:
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[2] % 8 == 0 and q.shape[2] <= 256  # channels of a head: the kernels refuse others
     dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
-    return half and not dense and (window is None or flash_attention() is not None or _varlen_has("window_size"))
+    return half and fits and not dense and (window is None or flash_attention() is not None or _varlen_has("window_size"))
 
 
 def context_attention(
