@@ -29,7 +29,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlm_nemo.model import attention, kernels
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 
@@ -138,8 +137,6 @@ def pretend(library: Path, parallel: ParallelConfig | None = None, *, world: int
     CudaRNGStatesTracker.fork = lambda tracker, name="": contextlib.nullcontext()
     nn.Module._apply = _apply
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    kernels.has.cache_clear()
-    attention._varlen_has.cache_clear()
     with _Moves(gpu):
         groups.lay_out(parallel or ParallelConfig(), seed=0)
         yield gpu
