@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.backends import cuda
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +42,8 @@ struct Hooks : at::CUDAHooksInterface {
   void init() const override {}
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
 };
 extern "C" void pretend_cuda() {
@@ -132,6 +135,9 @@ def pretend(library: Path, parallel: ParallelConfig | None = None, *, world: int
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *args, **named: torch.get_rng_state()
     torch.cuda.synchronize = lambda *args: gpu.waits.update(["synchronize"])
     torch.cuda.Event = _Event
+    if cuda.is_built():  # its choice among the kernels of ordinary attention would ask a driver
+        for enable in (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_cudnn_sdp):
+            enable(False)
     FakeTensor.tolist = lambda tensor: gpu.look(tensor)
     dist.all_gather_object = _gather_object
     CudaRNGStatesTracker.fork = lambda tracker, name="": contextlib.nullcontext()

@@ -15,13 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorDeviceMismatchError,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from tests.on_cuda import Case, alone, asked, build
+from tests.on_cuda import FEWER, Case, alone, asked, build
 from tests.pretended import Attention, pretend
 from vlm_nemo.model import attention, vlm
 from vlm_nemo.model.segments import make_segments
@@ -130,7 +126,7 @@ SEEN = {
 RAISES: dict[type[Exception], list[Callable[[Tensor], object]]] = {
     DataDependentOutputException: [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: float(x[0, 0])],
     DynamicOutputShapeException: [Tensor.nonzero, lambda x: x[x > 0]],
-    FakeTensorDeviceMismatchError: [lambda x: x + torch.ones(2, 4), lambda x: torch.cat((x, torch.ones(2, 4)))],
+    RuntimeError: [lambda x: x + torch.ones(2, 4), lambda x: torch.cat((x, torch.ones(2, 4)))],
 }
 
 
@@ -145,7 +141,7 @@ def planted(guard: Path) -> None:
                 assert gpu.waits == {name: 1}, (name, number, gpu.waits)
         for error, plants in RAISES.items():
             for plant in plants:
-                with pytest.raises(error):
+                with pytest.raises(error, match="device" if error is RuntimeError else None):
                     plant(x)
         gpu.waits.clear()
         pinned = torch.empty(2, 4, pin_memory=True)
@@ -190,7 +186,7 @@ def kernel_calls(guard: Path) -> None:
             attention.packed_attention(q, k, v, segments, None).sum().backward()
             assert k.grad is not None and k.grad.shape == k.shape and k.grad.is_cuda
         first, second = gpu.attention
-        assert (first.kv_heads, first.window, first.causal, first.segments) == (2, (7, 0), False, 2)
+        assert (first.kv_heads, first.window, first.causal, first.segments) == (2 if FEWER else 4, (7, 0), False, 2)
         assert (second.kv_heads, second.window, second.causal) == (4, (-1, 0), True)
 
 
