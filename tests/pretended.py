@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class Gpu:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Inside, every tensor that is made is one without memory."""
-        with MODE, _Watch(self):
+        with BUSY, MODE, _Watch(self):
             yield
 
     def look(self, tensor: Tensor) -> Any:
@@ -157,6 +158,8 @@ class _Mode(FakeTensorMode):
 
 MODE = _Mode()
 """One for a process: megatron-core keeps tensors on its classes."""
+BUSY = threading.Lock()
+"""It is not made for two threads at once: one that waits for an event goes on when `Gpu.running` ends."""
 
 
 def _apply(module: nn.Module, move: Any, recurse: bool = True) -> nn.Module:
@@ -187,6 +190,8 @@ class _Event:
 
     def synchronize(self) -> None:
         assert self.recorded, "nothing to wait for"
+        with BUSY:
+            pass
 
 
 class _Moves(TorchFunctionMode):
