@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,17 @@ def one_process() -> Iterator[None]:
         groups.start(ParallelConfig(), seed=0)
         yield
         groups.stop()
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tests.pretended` needs of C++."""
+    import torch
+
+    from tests.pretended import compile_guard
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and nothing to pretend")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return compile_guard(tmp_path_factory.mktemp("guard"))

@@ -23,7 +23,7 @@ def accounting(ranks: Any, ledger: Ledger, data_cfg: DataConfig) -> Accounting:
         ledger=ledger,
         model_cfg=tiny_model(),
         data_cfg=data_cfg,
-        optim_cfg=OptimConfig(),
+        optim_cfg=OptimConfig(projector_lr=1e-3),
         trainer_cfg=TrainerConfig(),
     )
 
@@ -73,6 +73,37 @@ def test_all_ranks_book_the_same() -> None:
         "recent": [[20, 2]],
     }
     assert first["sources"]["instruct"]["seen"] == 42
+
+
+def booked() -> tuple[Any, bool, dict[str, int]]:
+    """A step of which each rank knows other numbers, and how often the device was looked at for it."""
+    from tests.train.test_reads import reads
+    from vlm_nemo.data.loader import StepData
+    from vlm_nemo.runtime import device, groups
+    from vlm_nemo.runtime.config import ParallelConfig
+    from vlm_nemo.train.step import StepResult
+
+    with device.adapter():
+        ranks = groups.start(ParallelConfig(), seed=0)
+        books = accounting(ranks, Ledger(), DataConfig())
+        nothing = dict(batches=[], rows=[], keys=[], state={}, planned_drops=[], local_drops=[], seen=0, used={})
+        data = StepData(delay=0, vision_balance=1.0, **nothing)
+        mine = ranks.rank + 1
+        result = StepResult(loss_sum=3.0 * mine, loss_tokens=mine, grad_norm=1.0, applied=True)
+        found: list[Any] = []
+        looks = reads(
+            lambda: found.extend(
+                books.book(1, data, result, factor=1.0, seconds=0.5, waited=0.25 * mine, stop=mine == 1)
+            )
+        )
+        groups.stop()
+        metrics, stopping = found
+        return (metrics.loss, metrics.data_wait_s), stopping, looks
+
+
+def test_a_step_is_booked_in_one_look() -> None:
+    """Sums and what is largest come together: the mean loss, the longest wait, whether any rank stops."""
+    assert run_ranks(booked, 2) == [((3.0, 0.5), True, {"tolist": 1})] * 2
 
 
 def test_a_source_is_judged_by_its_own_budget() -> None:

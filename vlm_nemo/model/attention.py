@@ -91,7 +91,7 @@ def packed_attention(
     if segments.reach is not None:
         own, spans = gather_keys(k, v, segments.reach)
         return context_attention(q, own, spans, segments, segments.reach, scale, window)
-    if _takes_varlen(q, segments, window):
+    if _takes_varlen(q, segments):
         out = varlen_attention(q, k, v, segments, scale, window)
     else:
         out = segment_attention(q, k, v, segments, scale, window)
@@ -102,10 +102,11 @@ def packed_attention(
     return block_attention(out, q, where, seen, segments, scale, window)
 
 
-def _takes_varlen(q: Tensor, segments: Segments, window: int | None) -> bool:
+def _takes_varlen(q: Tensor, segments: Segments) -> bool:
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[2] % 8 == 0 and q.shape[2] <= 256  # channels of a head: the kernels refuse others
     dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
-    return half and not dense and (window is None or flash_attention() is not None or _varlen_has("window_size"))
+    return half and fits and not dense
 
 
 def context_attention(
@@ -121,7 +122,7 @@ def context_attention(
     tails, then its pieces of blocks see. [n, heads, d] -> [n, heads, d]."""
     tails, blocks = spans[: len(reach.tails)], spans[len(reach.tails) :]
     whole = len(q) - sum(reach.tails)
-    if _takes_varlen(q, segments, window):
+    if _takes_varlen(q, segments):
         keys, values = (torch.cat([*(tail[i] for tail in tails), own[i][len(q) - whole :]]) for i in (0, 1))
         out = varlen_attention(q, keys, values, segments, scale, window)
     else:
@@ -167,16 +168,11 @@ def varlen_attention(
         return flash_varlen(flash, q, k, v, ends, causal=segments.causal, scale=scale, window=window)
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {}
-    # torch 2.13 spells causal as a window; 2.10 and 2.11 as a flag.
-    if segments.causal and _varlen_has("window_size"):
+    options: dict[str, Any] = {"scale": scale}
+    if segments.causal:  # is spelled as a window
         options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif segments.causal:
-        options["is_causal"] = True
-    if scale is not None:
-        options["scale"] = scale
     if k.shape[1] != q.shape[1]:
-        if _varlen_has("enable_gqa"):
+        if _varlen_takes_fewer():
             options["enable_gqa"] = True
         else:
             k, v = repeat_kv(q, k, v)
@@ -184,7 +180,8 @@ def varlen_attention(
 
 
 @functools.cache
-def _varlen_has(option: str) -> bool:
+def _varlen_takes_fewer() -> bool:
+    """Whether torch's kernel takes fewer heads of keys than of queries: 2.13 does, 2.11 does not say so."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return option in inspect.signature(varlen_attn).parameters
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

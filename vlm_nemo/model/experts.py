@@ -104,10 +104,12 @@ class Router(TopKRouter):
             counts = counted(chosen, balance)
             if self.tp_cp_group.size() > 1:
                 dist.all_reduce(counts, group=self.tp_cp_group)
-        losses = torch.stack(balance_losses(logits, counts, balance))
-        self.told = losses.detach() if self.told is None else self.told + losses.detach()
-        scale = losses.new_tensor((self.config.moe_aux_loss_coeff, self.config.moe_z_loss_coeff))
-        return MoEAuxLossAutoScaler.apply(weights, (losses * scale).sum()), chosen
+        even, z = balance_losses(logits, counts, balance)
+        losses = torch.stack((even, z)).detach()
+        self.told = losses if self.told is None else self.told + losses
+        # The factors stay numbers of the host: as a tensor they would be copied to the device while it waits
+        weighed = self.config.moe_aux_loss_coeff * even + self.config.moe_z_loss_coeff * z
+        return MoEAuxLossAutoScaler.apply(weights, weighed), chosen
 
     def _own(self, tokens: Tensor, count: int) -> Tensor:
         """This tensor rank's part of something that there is of every token; short of `count` are weightless ones."""

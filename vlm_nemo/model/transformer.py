@@ -94,6 +94,8 @@ def transformer_config(
         # Batched p2p with interleaved stages is silently wrong at pipeline = 2.
         overlap_p2p_comm=pipelined and parallel.virtual > 1,
         batch_p2p_comm=not (pipelined and parallel.virtual > 1),
+        # Else the host waits for the device after every send, for the sake of torch before 1.13
+        batch_p2p_sync=False,
         # The interleaved schedule frees an output while its send is in flight. NCCL's stream keeps the memory; gloo
         # would send what was written there next.
         deallocate_pipeline_outputs=pipelined and (parallel.virtual == 1 or device.on_cuda()),

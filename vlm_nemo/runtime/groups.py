@@ -193,6 +193,15 @@ def max_over(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def sum_and_max_over(sums: list[float], most: list[float]) -> tuple[list[float], list[float]]:
+    """Both over the world, each number of its own list: two collectives, and one look at the device."""
+    tensor = torch.tensor([*sums, *most], dtype=torch.float64, device=device.device())
+    dist.all_reduce(tensor[: len(sums)])
+    dist.all_reduce(tensor[len(sums) :], op=dist.ReduceOp.MAX)
+    found = tensor.tolist()
+    return found[: len(sums)], found[len(sums) :]
+
+
 def data_group() -> dist.ProcessGroup:
     """Ranks that hold the same part of the model and see different rows: one of each replica."""
     from megatron.core import parallel_state

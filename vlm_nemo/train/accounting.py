@@ -45,7 +45,7 @@ class Accounting:
         waited: float,
         stop: bool,
     ) -> tuple[StepMetrics, bool]:
-        """The step's metrics, and whether any rank was asked to stop: one sum over all ranks.
+        """The step's metrics, and whether any rank was asked to stop: one exchange between all ranks.
 
         factor: of the learning rates; seconds: the step's; waited: for its data; stop: this rank was asked to.
         """
@@ -69,9 +69,11 @@ class Accounting:
             )
             tokens, samples = (sum(getattr(b, name) for b in data.batches) for name in ("used_tokens", "samples"))
             told = [tokens, samples, supervised, flops.total, len(data.local_drops)]
-        loss_sum, loss_tokens, tokens, samples, supervised_all, work, lost, balance, z, stops = groups.sum_over(
-            [result.loss_sum * tells_loss, result.loss_tokens * tells_loss, *told, *result.router_losses, stop]
+        sums, (waited,) = groups.sum_and_max_over(
+            [result.loss_sum * tells_loss, result.loss_tokens * tells_loss, *told, *result.router_losses, stop],
+            [waited],
         )
+        loss_sum, loss_tokens, tokens, samples, supervised_all, work, lost, balance, z, stops = sums
         self._count(data, int(lost))
         peak = self.trainer_cfg.peak_tflops if device.on_cuda() else None
         metrics = StepMetrics(
@@ -86,7 +88,7 @@ class Accounting:
             samples=int(samples),
             tokens_per_s=tokens / seconds,
             mfu=work / (seconds * peak * 1e12 * self.ranks.world) if peak else None,
-            data_wait_s=groups.max_over([waited])[0],
+            data_wait_s=waited,
             fill=tokens / (self.data_cfg.global_packs * self.data_cfg.pack.capacity),
             vision_balance=data.vision_balance,
             delay=data.delay,
