@@ -14,7 +14,7 @@ from vlm_nemo.check.needs import EXPERTS, StageNeeds
 from vlm_nemo.check.plan import Job, _copied, _shared_images, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
-from vlm_nemo.check.sizes import GIB, told
+from vlm_nemo.check.sizes import FLOPS, GIB, told
 from vlm_nemo.check.timeline import simulate
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
@@ -169,8 +169,8 @@ def test_experts_are_shared_out_and_their_tokens_counted() -> None:
     assert finding.tables[1].columns[-2:] == ("experts M", "to experts MiB")
 
 
-def test_what_a_checkpoint_copies_is_told() -> None:
-    """Weights and moments of what is trained, shared out over the replicas."""
+def test_what_a_checkpoint_copies_and_a_step_computes_is_told() -> None:
+    """A copy holds weights and moments of what is trained, shared out over the replicas."""
     made = job(ParallelConfig(), world=2)
     found = plan(made, memory_gib=80, reserve_gib=6, assumed="")
     trained = found.data["stages"][0]["trained"]
@@ -183,6 +183,11 @@ def test_what_a_checkpoint_copies_is_told() -> None:
     (axis,) = found.figures[0][1].axes
     assert axis.get_xlabel().startswith("MiB; the limit of 74.00 GiB is far")
     assert max(bar.get_width() for bar in axis.patches) > 0.2 * axis.get_xlim()[1]
+    # So is its arithmetic, which is not 0.01 of a large model's unit
+    work, (stage,) = found.tables[1], found.data["stages"]
+    computed = made.micro * (sum(stage["forward_flops"]) + sum(stage["backward_flops"]))
+    assert work.title == f"a step of one replica, {told(computed, FLOPS)}"
+    assert f"{work.rows[0][work.columns.index('GFLOP')]} GFLOP" == told(computed, FLOPS) and computed > 1e9
 
 
 @pytest.mark.slow
