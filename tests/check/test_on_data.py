@@ -160,7 +160,7 @@ def dries_found(steps: list[list[int]]) -> Any:
 
 def test_the_verb_passes_a_sound_recipe(shards: Path, tmp_path: Path) -> None:
     words = [*runs.TINY, *runs.data_words(shards), "check.parts=[leaks,data,dry]", "check.samples=100"]
-    done = runs.vlm_nemo("check", *words, f"check.out={tmp_path}")
+    done = runs.vlm_nemo("check", *words, f"check.out={tmp_path}", fresh=True)
     assert f"wrote {tmp_path}/report.html" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(one["part"], one["ok"], one["skipped"]) for one in report] == [

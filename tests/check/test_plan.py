@@ -116,9 +116,9 @@ def test_a_layout_of_many_ranks_shares_out_what_one_rank_holds() -> None:
 
 def test_chunks_of_the_interleaved_schedule_are_counted_one_by_one() -> None:
     """One layer each; the images are in the first of the four, the head is in the last."""
-    layout = ParallelConfig(pipeline=2, virtual=2)
-    made = job(layout, world=2)
-    first, last = needs(made)
+    made = job(ParallelConfig(pipeline=2, virtual=2), world=2)
+    found = plan(made, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
+    first, last = (StageNeeds(**stage) for stage in found.data["stages"])
     (alone,) = needs(job(ParallelConfig()))
     images, layer = first.forward_flops
     same, head = last.forward_flops
@@ -126,7 +126,6 @@ def test_chunks_of_the_interleaved_schedule_are_counted_one_by_one() -> None:
     assert first.backward_flops[1] == last.backward_flops[0] == pytest.approx(2 * layer, rel=0.1)
     for kind in ("forward_flops", "backward_flops"):
         assert sum((*getattr(first, kind), *getattr(last, kind))) == pytest.approx(sum(getattr(alone, kind)), rel=0.01)
-    found = plan(made, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
     line = simulate([first.forward_flops, last.forward_flops], [first.backward_flops, last.backward_flops], 8)
     assert (found.data["bubble"], found.data["balance"]) == (line.bubble, line.balance)
     assert found.data["in_flight"] == (5, 3)
@@ -156,7 +155,8 @@ def test_experts_are_shared_out_and_their_tokens_counted() -> None:
         made = job(parallel, world)
         return replace(made, model=replace(made.model, language=replace(made.model.language, moe=moe)))
 
-    (alone,), (shared,) = needs(sparse(ParallelConfig())), needs(sparse(ParallelConfig(expert=2), world=2))
+    finding = plan(sparse(ParallelConfig(expert=2), world=2), memory_gib=8, reserve_gib=0.0, assumed="made up")
+    (alone,), shared = needs(sparse(ParallelConfig())), StageNeeds(**finding.data["stages"][0])
     assert alone.experts == 4 * 4 * 3 * 24 * 32 and shared.experts * 2 == alone.experts
     assert sum(alone.parameters.values()) - sum(shared.parameters.values()) == shared.experts
     assert shared.forward_flops == pytest.approx(alone.forward_flops, rel=0.01)  # half of twice as many tokens
@@ -165,7 +165,6 @@ def test_experts_are_shared_out_and_their_tokens_counted() -> None:
     # four experts in fp32 likewise, and which were chosen
     assert sent == 4 * 4 * 2048 * (32 * 4 * (2 + 1 + 2 + 1) + 4 * 4 * (2 + 1) + 4 * 2)
     assert not any(name.startswith(EXPERTS) for name in alone.sent)
-    finding = plan(sparse(ParallelConfig(expert=2), world=2), memory_gib=8, reserve_gib=0.0, assumed="made up")
     assert finding.tables[1].columns[-2:] == ("experts M", "to experts MiB")
 
 
