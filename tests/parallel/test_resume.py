@@ -89,7 +89,14 @@ def test_resume_at_another_layout(
         assert norm == pytest.approx(true_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.context=2"]], ids=["dp2", "tp2", "cp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="dp2"),
+        pytest.param(["parallel.tensor=2"], id="tp2"),
+        pytest.param(["parallel.context=2"], id="cp2"),
+    ],
+)
 def test_written_by_two_read_by_one(whole: Path, shards: Path, tmp_path: Path, layout: list[str]) -> None:
     """The distributed optimizer's shares of two data ranks or two context ranks, and two tensor halves, become one
     process's state."""
