@@ -23,7 +23,7 @@ def stages(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     common[0] = "recipe=shapes/stage1"
     del common[common.index(f"data.sources.instruct.path={shards}/instruct")]
     words = ["trainer.steps=4", f"checkpoint={folder}/stage0", "log.wandb=true", "log.tensorboard=true"]
-    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage1", *words, fresh=True)
+    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage1", *words)
     return folder
 
 
