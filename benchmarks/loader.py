@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.made import SOURCE, conversations, prepared, tars
+from benchmarks.made import SOURCE, conversations, opened, prepared, tars
 from benchmarks.paired import compare
 from benchmarks.report import HERE, parser, save, show
 
@@ -48,23 +48,14 @@ class Batch(NamedTuple):
 
 
 def ours(out: Path, threads: int) -> Iterator[Batch]:
-    from vlm_nemo.data.config import DataConfig, LayoutConfig, PackConfig, SourceConfig
+    from vlm_nemo.data.config import LayoutConfig
     from vlm_nemo.data.layout.spec import image_spec
-    from vlm_nemo.data.loader import Loader
     from vlm_nemo.data.tokenizer import Tokenizer
 
-    cfg = DataConfig(
-        sources={SOURCE: SourceConfig(path=str(out / SOURCE))},
-        tokenizer=str(out / "tokenizer"),
-        template="vicuna",
-        pack=PackConfig(capacity=CAPACITY),
-        global_packs=STEP,
-        threads=threads,
-    )
     logging.disable()  # that lengths are not prepared
     spec = image_spec(LayoutConfig(aspect="crop"), size=SIDE, patch=PATCH, mean=MEAN)
-    tokenizer = Tokenizer(cfg.tokenizer)
-    with closing(Loader(cfg, spec, tokenizer, seed=0, max_tokens=CAPACITY, dp_rank=0, dp_size=1)) as loader:
+    sizes = dict(capacity=CAPACITY, rows=STEP, max_tokens=CAPACITY)
+    with closing(opened(out, Tokenizer(out / "tokenizer"), spec, **sizes, threads=threads)) as loader:
         while True:
             for batch in loader.next().batches:
                 yield Batch(batch.samples, batch.supervised, len(batch.tokens))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.llava_twin import PLACEHOLDERS, processor
-from benchmarks.made import SOURCE
+from benchmarks.made import SOURCE, opened
 
 BATCH = 16
 """Samples of a padded batch: LLaVA-1.5's per_device_train_batch_size."""
@@ -44,8 +44,6 @@ def ours(out: Path, *, rows: int = ROWS, only: Sequence[int] | None = None) -> G
 
     only: records of which one step is made, in this order, instead of the shuffled data.
     """
-    from vlm_nemo.data.config import DataConfig, PackConfig, SourceConfig
-    from vlm_nemo.data.loader import Loader
     from vlm_nemo.data.tokenizer import Tokenizer
     from vlm_nemo.model.batch import model_batch
     from vlm_nemo.model.build import build_model
@@ -60,18 +58,8 @@ def ours(out: Path, *, rows: int = ROWS, only: Sequence[int] | None = None) -> G
     logging.disable()
     step_folder = out / "checkpoint"
     model_cfg, parallel = model_config(checkpoint_config(step_folder)), ParallelConfig()
-    data_cfg = DataConfig(
-        sources={SOURCE: SourceConfig(path=str(out / SOURCE))},
-        tokenizer=str(step_folder / "tokenizer"),
-        template="vicuna",
-        pack=PackConfig(capacity=CAPACITY),
-        global_packs=rows,
-        shuffle=only is None,
-        threads=1,
-        prefetch=1,
-    )
     optim_cfg = OptimConfig(lr=LR, projector_lr=LR, language_lr=LR, beta1=BETAS[0], beta2=BETAS[1], clip_grad=CLIP)
-    tokenizer = Tokenizer(data_cfg.tokenizer)
+    tokenizer = Tokenizer(step_folder / "tokenizer")
     with device.adapter():
         groups.start(parallel, 0)
         chunks = build_model(model_cfg, parallel, "fp32", 0)
@@ -82,8 +70,9 @@ def ours(out: Path, *, rows: int = ROWS, only: Sequence[int] | None = None) -> G
         prepare_model(model)
         optim.set_rates(optimizer, optim_cfg, 1, 10**9)
         spec = spec_of(model_cfg)
-        where = dict(seed=0, max_tokens=model_cfg.language.max_positions, dp_rank=0, dp_size=1)
-        with closing(Loader(data_cfg, spec, tokenizer, **where)) as loader, contextlib.ExitStack() as stack:
+        sizes = dict(capacity=CAPACITY, rows=rows, max_tokens=model_cfg.language.max_positions)
+        data = opened(out, tokenizer, spec, **sizes, shuffle=only is None, threads=1, prefetch=1)
+        with closing(data) as loader, contextlib.ExitStack() as stack:
             stack.callback(groups.stop)
             while True:
                 packed = loader.next().batches if only is None else _rows(loader, only, tokenizer.pad_id, spec.patch)

@@ -7,12 +7,16 @@ import io
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.data.config import DataConfig, PackConfig, PrepareConfig, SourceConfig
+from vlm_nemo.data.layout.spec import ImageSpec
+from vlm_nemo.data.loader import Loader
 from vlm_nemo.data.prepare.run import prepare
+from vlm_nemo.data.tokenizer import Tokenizer
 
 SOURCE = "made"
 _COARSEST = 4
@@ -102,6 +106,21 @@ def prepared(
     with contextlib.redirect_stderr(io.StringIO()):
         prepare(cfg)
     return folder / "out"
+
+
+def opened(
+    out: Path, tokenizer: Tokenizer, spec: ImageSpec, *, capacity: int, rows: int, max_tokens: int, **more: Any
+) -> Loader:
+    """The repository's own loader of what `prepared` made: `rows` packed rows a step; more: options of the data."""
+    cfg = DataConfig(
+        sources={SOURCE: SourceConfig(path=str(out / SOURCE))},
+        tokenizer=str(tokenizer.folder),
+        template="vicuna",
+        pack=PackConfig(capacity=capacity),
+        global_packs=rows,
+        **more,
+    )
+    return Loader(cfg, spec, tokenizer, seed=0, max_tokens=max_tokens, dp_rank=0, dp_size=1)
 
 
 def tars(source: Path) -> list[str]:

@@ -33,7 +33,7 @@ TINY = [
 ]
 """A training run that takes seconds."""
 
-WARM = ("train", "evaluate", "generate", "convert", "export")
+WARM = ("train", "evaluate", "generate", "convert", "export", "check")
 """Verbs that import megatron-core."""
 
 

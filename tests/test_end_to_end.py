@@ -23,7 +23,7 @@ def stages(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     common[0] = "recipe=shapes/stage1"
     del common[common.index(f"data.sources.instruct.path={shards}/instruct")]
     words = ["trainer.steps=4", f"checkpoint={folder}/stage0", "log.wandb=true", "log.tensorboard=true"]
-    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage1", *words, fresh=True)
+    runs.vlm_nemo("train", *common, f"run_dir={folder}/stage1", *words)
     return folder
 
 
@@ -82,12 +82,10 @@ def test_nemo_exp_manager(stages: Path, shards: Path, tmp_path: Path) -> None:
     assert (tmp_path / "nemo" / "cmd-args.log").is_file()
 
 
-def scores(
-    stages: Path, shards: Path, out: Path, *layout: str, ranks: int = 1, fresh: bool = False
-) -> dict[str, dict[str, float]]:
+def scores(stages: Path, shards: Path, out: Path, *layout: str, ranks: int = 1) -> dict[str, dict[str, float]]:
     words = ["recipe=shapes/stage1", "precision=fp32", f"evaluate.data={shards}/eval", "evaluate.max_new_tokens=6"]
     words += [f"checkpoint={stages}/stage1", f"run_dir={out}", *layout]
-    runs.vlm_nemo("evaluate", *words, ranks=ranks, fresh=fresh)
+    runs.vlm_nemo("evaluate", *words, ranks=ranks)
     return json.loads((out / "scores.json").read_text())
 
 
@@ -102,17 +100,17 @@ def one_process(stages: Path, shards: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "fresh"),
+    ("ranks", "layout"),
     [
-        (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"], False),
-        (2, ["parallel.context=2"], True),  # two replicas, as a person starts them
+        (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+        (2, ["parallel.context=2"]),  # two replicas
     ],
     ids=["tp2_pp2", "dp2"],
 )
 def test_evaluation_is_the_same_at_every_layout(
-    one_process: Path, stages: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str], fresh: bool
+    one_process: Path, stages: Path, shards: Path, tmp_path: Path, ranks: int, layout: list[str]
 ) -> None:
-    found = scores(stages, shards, tmp_path, *layout, ranks=ranks, fresh=fresh)
+    found = scores(stages, shards, tmp_path, *layout, ranks=ranks)
     assert found == json.loads((one_process / "scores.json").read_text())
     assert (tmp_path / "predictions.jsonl").read_text() == (one_process / "predictions.jsonl").read_text()
 
@@ -145,7 +143,7 @@ def test_generate(stages: Path, tmp_path: Path) -> None:
     words = [f"checkpoint={stages}/stage1", f"image={tmp_path}/a.png", "prompt=<image>", "infer.max_new_tokens=5"]
     alone = runs.vlm_nemo("generate", *words).stdout
     assert alone.strip()
-    assert runs.vlm_nemo("generate", *words, "parallel.pipeline=2", ranks=2, fresh=True).stdout == alone
+    assert runs.vlm_nemo("generate", *words, "parallel.pipeline=2", ranks=2).stdout == alone
     runs.vlm_nemo("generate", *words[:2], "prompt=What colour is it, exactly?")
     wrong = runs.vlm_nemo("generate", *words[:2], "prompt=<image> and <image>?", code=2)
     assert wrong.stderr.strip() == "error: the prompt has 2 <image> and 1 images were given; they must be equal"
@@ -165,7 +163,7 @@ def test_bf16_trains_under_tensor_and_pipeline(shards: Path, tmp_path: Path) -> 
 def test_too_many_bad_samples_stop_the_run(shards: Path, tmp_path: Path) -> None:
     """Rows of 40 tokens fit hardly any sample: one line, exit code 2, and the ledger says why."""
     words = [*runs.TINY, *runs.data_words(shards), f"run_dir={tmp_path}", "data.pack.capacity=40", "trainer.steps=50"]
-    done = runs.vlm_nemo("train", *words, code=2, ranks=2, fresh=True)
+    done = runs.vlm_nemo("train", *words, code=2, ranks=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "too long" in errors[0] and "data.max_bad_fraction" in errors[0]
     ledger = json.loads((tmp_path / "ledger.json").read_text())

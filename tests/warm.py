@@ -2,8 +2,8 @@
 
 The import takes a process five seconds, most of what a short test computes. Where CUDA is (a driver that was asked does
 not survive a fork), processes start afresh. Two things differ from a fresh start: forks share a hash seed, and what is
-imported here is there already. So of every verb a test starts one as a person does (`fresh` in runs.py), on several
-ranks too.
+imported here is there already. So a test (`fresh` in runs.py) or a command of .ci/run starts each verb once as a person
+does, training on several ranks too.
 """
 
 from __future__ import annotations

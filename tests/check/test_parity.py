@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,13 +47,18 @@ real, trial.build_model = trial.build_model, build_model
 """The second tensor rank's projector gets a gradient of its own."""
 
 
-def plant(fault: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every process that this one starts runs `fault` first."""
-    (folder / "planted.py").write_text(fault)
-    (folder / "sitecustomize.py").write_text(
-        'import sys\nif "--multiprocessing-fork" in sys.orig_argv:\n    import planted\n'
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+def plant(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process that the comparison starts runs `fault` first."""
+
+    def run_ranks(function: Callable[..., Any], world: int, *given: Any, **how: Any) -> list[Any]:
+        return processes.run_ranks(planted, world, fault, function, *given, context=warm.context(), **how)
+
+    monkeypatch.setattr(parities, "run_ranks", run_ranks)
+
+
+def planted(fault: str, function: Callable[..., Any], *given: Any) -> Any:
+    exec(fault, {})
+    return function(*given)
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -62,8 +66,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_a_sound_model_passes(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In processes that start at once; a planted fault needs those that start afresh."""
-    monkeypatch.setattr(parities, "run_ranks", partial(processes.run_ranks, context=warm.context()))
+    plant("", monkeypatch)
     names = [
         "packed, two rows at once",
         "tensor 2, sequence, recompute",
@@ -103,9 +106,9 @@ def test_every_spread_of_experts(small: Subject, monkeypatch: pytest.MonkeyPatch
     assert {"router", "experts"} < set(found.data["layouts"][0]["gradients"])
 
 
-def test_a_mean_loss_per_micro_batch_is_found(small: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_mean_loss_per_micro_batch_is_found(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "packed")
-    plant(MEAN_LOSS, tmp_path, monkeypatch)
+    plant(MEAN_LOSS, monkeypatch)
     found = parity(small, ParallelConfig())
     assert not found.ok
     (layout,) = found.data["layouts"]
@@ -114,11 +117,9 @@ def test_a_mean_loss_per_micro_batch_is_found(small: Subject, monkeypatch: pytes
     assert found.verdict.startswith("1 of 1 layouts differ from one process; packed: the loss differs by")
 
 
-def test_a_projector_that_tensor_ranks_do_not_share_is_found(
-    small: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_projector_that_tensor_ranks_do_not_share_is_found(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "packed", "tensor 2")
-    plant(LONELY_PROJECTOR, tmp_path, monkeypatch)
+    plant(LONELY_PROJECTOR, monkeypatch)
     found = parity(small, ParallelConfig())
     alone, split = found.data["layouts"]
     assert alone["broken"] == []
@@ -127,12 +128,11 @@ def test_a_projector_that_tensor_ranks_do_not_share_is_found(
     assert found.tables[0].bad == {1}
 
 
-@pytest.mark.slow
 def test_a_tower_whose_gradients_are_not_brought_together_is_found(
-    small: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "packed", "tensor 2, images shared out")
-    plant(UNSHARED, tmp_path, monkeypatch)
+    plant(UNSHARED, monkeypatch)
     alone, shared = parity(small, ParallelConfig()).data["layouts"]
     assert alone["broken"] == []
     broken = [words.split(" differs")[0] for words in shared["broken"]]

@@ -14,7 +14,7 @@ from vlm_nemo.check.needs import EXPERTS, StageNeeds
 from vlm_nemo.check.plan import Job, _copied, _shared_images, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
-from vlm_nemo.check.sizes import GIB, told
+from vlm_nemo.check.sizes import FLOPS, GIB, told
 from vlm_nemo.check.timeline import simulate
 from vlm_nemo.data.layout.images import plan_image
 from vlm_nemo.model.batch import model_batch
@@ -116,9 +116,9 @@ def test_a_layout_of_many_ranks_shares_out_what_one_rank_holds() -> None:
 
 def test_chunks_of_the_interleaved_schedule_are_counted_one_by_one() -> None:
     """One layer each; the images are in the first of the four, the head is in the last."""
-    layout = ParallelConfig(pipeline=2, virtual=2)
-    made = job(layout, world=2)
-    first, last = needs(made)
+    made = job(ParallelConfig(pipeline=2, virtual=2), world=2)
+    found = plan(made, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
+    first, last = (StageNeeds(**stage) for stage in found.data["stages"])
     (alone,) = needs(job(ParallelConfig()))
     images, layer = first.forward_flops
     same, head = last.forward_flops
@@ -126,7 +126,6 @@ def test_chunks_of_the_interleaved_schedule_are_counted_one_by_one() -> None:
     assert first.backward_flops[1] == last.backward_flops[0] == pytest.approx(2 * layer, rel=0.1)
     for kind in ("forward_flops", "backward_flops"):
         assert sum((*getattr(first, kind), *getattr(last, kind))) == pytest.approx(sum(getattr(alone, kind)), rel=0.01)
-    found = plan(made, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
     line = simulate([first.forward_flops, last.forward_flops], [first.backward_flops, last.backward_flops], 8)
     assert (found.data["bubble"], found.data["balance"]) == (line.bubble, line.balance)
     assert found.data["in_flight"] == (5, 3)
@@ -156,7 +155,8 @@ def test_experts_are_shared_out_and_their_tokens_counted() -> None:
         made = job(parallel, world)
         return replace(made, model=replace(made.model, language=replace(made.model.language, moe=moe)))
 
-    (alone,), (shared,) = needs(sparse(ParallelConfig())), needs(sparse(ParallelConfig(expert=2), world=2))
+    finding = plan(sparse(ParallelConfig(expert=2), world=2), memory_gib=8, reserve_gib=0.0, assumed="made up")
+    (alone,), shared = needs(sparse(ParallelConfig())), StageNeeds(**finding.data["stages"][0])
     assert alone.experts == 4 * 4 * 3 * 24 * 32 and shared.experts * 2 == alone.experts
     assert sum(alone.parameters.values()) - sum(shared.parameters.values()) == shared.experts
     assert shared.forward_flops == pytest.approx(alone.forward_flops, rel=0.01)  # half of twice as many tokens
@@ -165,14 +165,14 @@ def test_experts_are_shared_out_and_their_tokens_counted() -> None:
     # four experts in fp32 likewise, and which were chosen
     assert sent == 4 * 4 * 2048 * (32 * 4 * (2 + 1 + 2 + 1) + 4 * 4 * (2 + 1) + 4 * 2)
     assert not any(name.startswith(EXPERTS) for name in alone.sent)
-    finding = plan(sparse(ParallelConfig(expert=2), world=2), memory_gib=8, reserve_gib=0.0, assumed="made up")
     assert finding.tables[1].columns[-2:] == ("experts M", "to experts MiB")
 
 
-def test_what_a_checkpoint_copies_is_told() -> None:
-    """Weights and moments of what is trained, shared out over the replicas."""
+def test_what_a_checkpoint_copies_and_a_step_computes_is_told() -> None:
+    """A copy holds weights and moments of what is trained, shared out over the replicas."""
     made = job(ParallelConfig(), world=2)
     found = plan(made, memory_gib=80, reserve_gib=6, assumed="")
+    assert found.ok
     trained = found.data["stages"][0]["trained"]
     copied = _copied(made, [StageNeeds(**found.data["stages"][0])])
     assert copied == trained * 12 / 2
@@ -183,6 +183,11 @@ def test_what_a_checkpoint_copies_is_told() -> None:
     (axis,) = found.figures[0][1].axes
     assert axis.get_xlabel().startswith("MiB; the limit of 74.00 GiB is far")
     assert max(bar.get_width() for bar in axis.patches) > 0.2 * axis.get_xlim()[1]
+    # So is its arithmetic, which is not 0.01 of a large model's unit
+    work, (stage,) = found.tables[1], found.data["stages"]
+    computed = made.micro * (sum(stage["forward_flops"]) + sum(stage["backward_flops"]))
+    assert work.title == f"a step of one replica, {told(computed, FLOPS)}"
+    assert f"{work.rows[0][work.columns.index('GFLOP')]} GFLOP" == told(computed, FLOPS) and computed > 1e9
 
 
 @pytest.mark.slow
@@ -231,7 +236,6 @@ def test_what_does_not_fit_is_said_with_a_knob_that_helps(tmp_path: Path) -> Non
     assert "parallel.recompute=full" in finding.verdict
     page = write(tmp_path, [finding], "tiny")
     assert "parallel.recompute=full" in page.read_text() and "data:image/png;base64," in page.read_text()
-    assert plan(made, memory_gib=2 * limit, reserve_gib=0.0, assumed="made up").ok
 
 
 def test_nothing_helps_where_nothing_can(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.train.config import OptimConfig
 
-COUNT, SEED, STEPS, ROWS = 30, 2026, 3, 4
+COUNT, SEED, STEPS, ROWS = 30, 2026, 2, 4
 EVERY_PART = 12
 """Of these, from the first on: as many as there are projectors."""
 REPLICAS = dict(distributed_optimizer=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -102,51 +103,55 @@ class Run:
         return loss / count, found.grad_norm, routers[0] / count, routers[1] / count
 
 
-def histories(
-    cases: Sequence[tuple[MoeConfig, OptimConfig]], layouts: Sequence[Layout], folder: str
-) -> list[list[tuple[list[Step], dict[str, float]]]]:
-    """By layout and case: five steps, and by module the largest gradient of the first (of one process, which leaves
+CASES = {"all": (SHARED, ALL), "stage 1": (SHARED, STAGE1), "late": (LATE, ALL)}
+SOME = [["all", "stage 1"], ["all", "late"], ["all"], ["late", "stage 1"]]
+"""Of TWO: every layout, every case over tensor ranks or stages; the slow tests have all of them together."""
+
+
+def histories(pairs: Sequence[tuple[Layout, str]], folder: str) -> list[tuple[list[Step], dict[str, float]]]:
+    """Of a layout and a case: five steps, and by module the largest gradient of the first (of one process, which leaves
     them in `folder`), or the largest difference from it."""
     found = []
     with device.adapter():
         groups.start(ParallelConfig(), seed=0)
-        for layout in layouts:
-            found.append([])
-            for number, (moe, rates) in enumerate(cases):
-                run, witness = Run(model(moe), rates, layout), Path(folder) / f"{number}.safetensors"
-                history = [run.step(1)]
-                gather_gradients(run.model)
-                modules = compared(run.chunks, witness) if witness.exists() else written(run.chunks, witness)
-                found[-1].append((history + [run.step(n) for n in range(2, STEPS + 1)], modules))
+        for layout, case in pairs:
+            moe, rates = CASES[case]
+            run, witness = Run(model(moe), rates, layout), Path(folder) / f"{case}.safetensors"
+            history = [run.step(1)]
+            gather_gradients(run.model)
+            modules = compared(run.chunks, witness) if witness.exists() else written(run.chunks, witness)
+            found.append((history + [run.step(n) for n in range(2, STEPS + 1)], modules))
         groups.stop()
     return found
 
 
-CASES = [(SHARED, ALL), (SHARED, STAGE1), (LATE, ALL)]
+def some() -> list[tuple[Layout, str]]:
+    return [(layout, case) for layout, cases in zip(TWO, SOME, strict=True) for case in cases]
 
 
 @pytest.mark.parametrize(
-    ("world", "layouts"),
+    ("world", "pairs"),
     [
-        pytest.param(2, TWO, id="two ranks"),
-        pytest.param(2, OTHER_TWO, id="two ranks, other layouts", marks=pytest.mark.slow),
-        pytest.param(4, FOUR, id="four ranks", marks=pytest.mark.slow),
+        pytest.param(2, some(), id="two ranks"),
+        pytest.param(2, list(product(TWO, CASES)), id="two ranks, every case", marks=pytest.mark.slow),
+        pytest.param(2, list(product(OTHER_TWO, CASES)), id="two ranks, other layouts", marks=pytest.mark.slow),
+        pytest.param(4, list(product(FOUR, CASES)), id="four ranks", marks=pytest.mark.slow),
     ],
 )
-def test_layouts_equal_one_process(world: int, layouts: list[Layout]) -> None:
+def test_layouts_equal_one_process(world: int, pairs: list[tuple[Layout, str]]) -> None:
     """Rows with and without images, a step without any, frozen parts, recomputation, a stage without experts."""
     with tempfile.TemporaryDirectory() as folder:
-        (truths,) = run_ranks(histories, 1, CASES, [PLAIN], folder)[0]
-        ranks = run_ranks(histories, world, CASES, layouts, folder)
+        truths = dict(zip(CASES, run_ranks(histories, 1, [(PLAIN, case) for case in CASES], folder)[0], strict=True))
+        ranks = run_ranks(histories, world, pairs, folder)
     for rank in ranks:
-        for layout, cases in zip(layouts, rank, strict=True):
-            for (moe, _), (history, off), (truth, largest) in zip(CASES, cases, truths, strict=True):
-                for found, true in zip(history, truth, strict=True):
-                    assert found == pytest.approx(true, rel=1e-5), (layout, moe)
-                assert all(off[name] <= 1e-4 * largest[name] for name in off), (layout, moe, off)
-    for history, _ in truths:
+        for (layout, case), (history, off) in zip(pairs, rank, strict=True):
+            truth, largest = truths[case]
+            for found, true in zip(history, truth, strict=True):
+                assert found == pytest.approx(true, rel=1e-5), (layout, case)
+            assert all(off[name] <= 1e-4 * largest[name] for name in off), (layout, case, off)
+    for history, _ in truths.values():
         assert len({loss for loss, *_ in history}) == STEPS, "the witness itself must move"
-    learns, frozen, _ = (history for history, _ in truths)
+    learns, frozen, _ = (history for history, _ in truths.values())
     assert all(balance > 3 for _, _, balance, _ in learns), "three sparse layers, each at least 1"
     assert all((balance, z) == (0, 0) for _, _, balance, z in frozen), "a frozen router has no such loss"
 

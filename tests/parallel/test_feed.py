@@ -127,10 +127,22 @@ def test_several_rows_in_one_forward_are_the_same_step(measured: Path, one_proce
             assert pair == pytest.approx(truth, rel=1e-5), micro
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_one_rank_reads_and_all_train(world: int, measured: Path, one_process: dict[str, Any]) -> None:
-    names = [name for name, (size, _) in LAYOUTS.items() if size == world]
-    cases = [(LAYOUTS[name][1], micro) for name in names for micro in ((1, 2) if world == 2 else (2,))]
+def of(world: int, micro: int) -> list[tuple[dict[str, Any], int]]:
+    return [(layout, micro) for size, layout in LAYOUTS.values() if size == world]
+
+
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        pytest.param(2, [*of(2, 1), (LAYOUTS["pp2_vpp2"][1], 2)], id="two ranks"),
+        pytest.param(4, of(4, 2), id="four ranks"),
+        pytest.param(2, of(2, 2), id="two ranks, two rows at once", marks=pytest.mark.slow),
+    ],
+)
+def test_one_rank_reads_and_all_train(
+    world: int, cases: list[tuple[dict[str, Any], int]], measured: Path, one_process: dict[str, Any]
+) -> None:
+    """Rows one by one and two at once; each kind of rank sees both."""
     assert len({loss for loss, _ in one_process["history"]}) == STEPS, "the witness moves"
     all_ranks = run_ranks(train_all, world, measured, cases)
     for number, (layout, micro) in enumerate(cases):
@@ -208,13 +220,13 @@ def slow_reader(layout: dict[str, Any]) -> list[str]:
     from vlm_nemo.data.feed import Feed
     from vlm_nemo.runtime import device, groups
 
-    groups.TIMEOUT, groups.SAY_SECONDS = timedelta(seconds=3), 1.0
+    groups.TIMEOUT, groups.SAY_SECONDS = timedelta(seconds=2), 1.0
     said: list[str] = []
     groups.log.addHandler(handler := logging.Handler())
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     with device.adapter():
         ranks = groups.start(ParallelConfig(**layout), seed=0)
-        Feed(lambda: time.sleep(0 if ranks.rank else 7), ranks)  # type: ignore[arg-type,return-value]
+        Feed(lambda: time.sleep(0 if ranks.rank else 4), ranks)  # type: ignore[arg-type,return-value]
         dist.barrier()
         groups.stop()
     return said

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -50,23 +51,37 @@ def ranks_of(job: int) -> dict[int, int]:
     return found
 
 
+class Chain(NamedTuple):
+    """What launch/pipeline.sh submitted."""
+
+    folder: Path
+    jobs: list[int]
+    dependency: str
+    """Of the last job, while the first ones run."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chain(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Three stages of one process each, submitted before the first test: they run while others wait."""
+    folder = tmp_path_factory.mktemp("chain")
+    common = [*runs.TINY[1:], *runs.data_words(shards), "trainer.steps=3"]
+    own = [f"stage{n}:run_dir={folder}/stage{n}" for n in (1, 2, 3)]
+    load = [f"stage{n}:checkpoint={folder}/stage{n - 1}/checkpoints" for n in (2, 3)]
+    first = ["stage1:checkpoint.load=null", "stage1:checkpoint.reset=[]"]
+    own.append(f"stage3:data.sources.relations.path={shards}/relations")
+    said = cluster.ask("launch/pipeline.sh", f"--output={folder}/%j.log", *ONE, "shapes", *common, *own, *load, *first)
+    jobs = [int(number) for number in re.findall(r"^stage \d: job (\d+)", said, flags=re.MULTILINE)]
+    assert len(jobs) == 3 and f"scancel {jobs[0]} {jobs[1]} {jobs[2]}" in said
+    return Chain(folder, jobs, cluster.job(jobs[2])["Dependency"])
+
+
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts."""
-    tmp_path = tmp_path_factory.mktemp("whole")
-    job = submit(cluster, tmp_path, TWO_BY_TWO, *words(shards, tmp_path / "run"))
-    ended = cluster.wait(job)
-    log = cluster.logs(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), log
-    assert "4 ranks on node1 node2" in log and f"done: {STEPS} steps" in log
-    return tmp_path / "run"
-
-
-def test_a_job_ends_well(whole: Path) -> None:
-    assert [step for step, _, _ in runs.trace(whole)] == list(range(1, STEPS + 1))
-    progress = json.loads((whole / "run.json").read_text())
-    assert (progress["step"], progress["steps"]) == (STEPS, STEPS)
-    assert not (whole / "slurm").exists()
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupts, without Slurm."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    runs.vlm_nemo("train", *words(shards, run_dir), ranks=4)
+    assert [step for step, _, _ in runs.trace(run_dir)] == list(range(1, STEPS + 1))
+    return run_dir
 
 
 def test_the_time_limit_saves_requeues_and_goes_on_to_the_bit(
@@ -84,27 +99,21 @@ def test_the_time_limit_saves_requeues_and_goes_on_to_the_bit(
     log = cluster.logs(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), log
     assert f"step_{int(stopped[1]):06d} (step {stopped[1]})" in log and f"done: {STEPS} steps" in log
+    assert "4 ranks on node1 node2" in log and not (run_dir / "slurm").exists()
     assert runs.trace(run_dir) == runs.trace(whole)
     assert json.loads((run_dir / "ledger.json").read_text()) == json.loads((whole / "ledger.json").read_text())
 
 
-def test_the_pipeline_chains_the_stages(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
-    common = [*runs.TINY[1:], *runs.data_words(shards), "trainer.steps=3"]
-    own = [f"stage{n}:run_dir={tmp_path}/stage{n}" for n in (1, 2, 3)]
-    load = [f"stage{n}:checkpoint={tmp_path}/stage{n - 1}/checkpoints" for n in (2, 3)]
-    first = ["stage1:checkpoint.load=null", "stage1:checkpoint.reset=[]"]
-    own.append(f"stage3:data.sources.relations.path={shards}/relations")
-    said = cluster.ask(
-        "launch/pipeline.sh", f"--output={tmp_path}/%j.log", *ONE, "shapes", *common, *own, *load, *first
-    )
-    jobs = [int(number) for number in re.findall(r"^stage \d: job (\d+)", said, flags=re.MULTILINE)]
-    assert len(jobs) == 3 and f"scancel {jobs[0]} {jobs[1]} {jobs[2]}" in said
-    assert f"afterok:{jobs[1]}" in cluster.job(jobs[2])["Dependency"]
-    for stage, job in enumerate(jobs, start=1):
-        ended = cluster.wait(job)
-        assert ended["JobState"] == "COMPLETED", cluster.logs(job)
-        assert (tmp_path / f"stage{stage}" / "checkpoints" / "latest").read_text() == "step_000003\n"
-        assert f"recipe: shapes/stage{stage}" in (tmp_path / f"stage{stage}" / "config.yaml").read_text()
+def test_the_pipeline_chains_the_stages(cluster: Cluster, chain: Chain) -> None:
+    assert f"afterok:{chain.jobs[1]}" in chain.dependency
+    for stage, job in enumerate(chain.jobs, start=1):
+        ended, log, run_dir = cluster.wait(job), cluster.logs(job), chain.folder / f"stage{stage}"
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), log
+        assert "1 ranks on node" in log and "done: 3 steps" in log
+        assert (run_dir / "checkpoints" / "latest").read_text() == "step_000003\n"
+        assert f"recipe: shapes/stage{stage}" in (run_dir / "config.yaml").read_text()
+        progress = json.loads((run_dir / "run.json").read_text())
+        assert (progress["step"], progress["steps"]) == (3, 3) and not (run_dir / "slurm").exists()
 
 
 def test_a_stage_that_fails_cancels_those_after_it(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
-from vlm_nemo.check.sizes import GIB, told, unit_of
+from vlm_nemo.check.sizes import FLOPS, GIB, told, unit_of
 from vlm_nemo.check.timeline import Timeline, simulate
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
@@ -135,10 +135,12 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         for s in stages
     ]
     sent = unit_of(max(size for sizes in carried for size in sizes))
+    done = [busy * job.parallel.tensor * job.parallel.context for busy in line.busy]
+    flops = unit_of(max(done), FLOPS)
     work = Table(
-        title="a step of one replica",
+        title=f"a step of one replica, {told(sum(done), FLOPS)}",
         columns=(
-            *("stage", "parts", "layers", "in flight", "TFLOP", "share", f"tensor group {sent.name}"),
+            *("stage", "parts", "layers", "in flight", flops.name, "share", f"tensor group {sent.name}"),
             *((f"context group {sent.name}",) if job.parallel.context > 1 else ()),
             *(f"to stages {sent.name}", f"data group {sent.name}"),
             *(("experts M", f"to experts {sent.name}") if sparse else ()),
@@ -149,15 +151,15 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
                 " ".join(s.parameters),
                 "+".join(str(count) for count in layers[s.stage :: job.parallel.pipeline]),
                 str(held),
-                f"{busy / 1e12 * job.parallel.tensor * job.parallel.context:,.2f}",
-                f"{busy / sum(line.busy):.1%}",
+                flops.of(computed),
+                f"{computed / sum(done):.1%}",
                 sent.of(tensor),
                 *((sent.of(context),) if job.parallel.context > 1 else ()),
                 *map(sent.of, (on, data)),
                 *((f"{s.experts / 1e6:,.1f}", sent.of(tokens)) if sparse else ()),
             )
-            for s, busy, held, (tensor, context, on, data, tokens) in zip(
-                stages, line.busy, line.in_flight, carried, strict=True
+            for s, computed, held, (tensor, context, on, data, tokens) in zip(
+                stages, done, line.in_flight, carried, strict=True
             )
         ],
     )
@@ -252,15 +254,15 @@ def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:
     unit = unit_of(largest)
     left = [0.0] * len(stages)
     for name in ("weights", "gradients", "optimizer", "activations"):
-        sizes = [getattr(s, name) / unit.bytes for s in stages]
+        sizes = [getattr(s, name) / unit.size for s in stages]
         axis.barh([f"stage {s.stage}" for s in stages], sizes, left=left, label=name)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     if limit <= FAR * largest:
-        axis.axvline(limit / unit.bytes, color="black", linestyle="--", label=f"limit {told(limit)}")
-        axis.set_xlim(0, 1.05 * max(limit, largest) / unit.bytes)
+        axis.axvline(limit / unit.size, color="black", linestyle="--", label=f"limit {told(limit)}")
+        axis.set_xlim(0, 1.05 * max(limit, largest) / unit.size)
         axis.set_xlabel(unit.name)
     else:  # its line would leave no room to the bars
-        axis.set_xlim(0, 1.05 * largest / unit.bytes)
+        axis.set_xlim(0, 1.05 * largest / unit.size)
         axis.set_xlabel(f"{unit.name}; the limit of {told(limit)} is far to the right")
     axis.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=5, frameon=False)

@@ -1,4 +1,4 @@
-"""Bytes as a person reads them: in GiB, MiB or KiB, whichever the size asks for. Pure."""
+"""Bytes and FLOPs as a person reads them: in MiB or GFLOP, whichever the figure asks for. Pure."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ class Unit(NamedTuple):
     """What figures that stand side by side are told in."""
 
     name: str
-    bytes: int
+    size: float
 
-    def of(self, size: float) -> str:
-        """A size in this unit, without its name."""
-        return f"{size / self.bytes:,.2f}"
-
-
-UNITS = (Unit("GiB", GIB), Unit("MiB", 2**20), Unit("KiB", 2**10))
+    def of(self, figure: float) -> str:
+        """A figure in this unit, without its name."""
+        return f"{figure / self.size:,.2f}"
 
 
-def unit_of(largest: float) -> Unit:
-    """The largest unit of which there is one: 3 * 2**20 -> MiB. What is next to nothing is in KiB."""
-    return next((unit for unit in UNITS if largest >= unit.bytes), UNITS[-1])
+BYTES = (Unit("GiB", GIB), Unit("MiB", 2**20), Unit("KiB", 2**10))
+FLOPS = (Unit("PFLOP", 1e15), Unit("TFLOP", 1e12), Unit("GFLOP", 1e9), Unit("MFLOP", 1e6))
 
 
-def told(size: float) -> str:
-    """One size by itself, in its own unit: "3.00 MiB"."""
-    unit = unit_of(size)
-    return f"{unit.of(size)} {unit.name}"
+def unit_of(largest: float, units: tuple[Unit, ...] = BYTES) -> Unit:
+    """The largest unit of which there is one: 3 * 2**20 -> MiB. What is next to nothing is in the smallest."""
+    return next((unit for unit in units if largest >= unit.size), units[-1])
+
+
+def told(figure: float, units: tuple[Unit, ...] = BYTES) -> str:
+    """One figure by itself, in its own unit: "3.00 MiB"."""
+    unit = unit_of(figure, units)
+    return f"{unit.of(figure)} {unit.name}"

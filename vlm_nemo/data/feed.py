@@ -32,7 +32,7 @@ from torch import Tensor
 
 from vlm_nemo.data.loader import Loader, StepData
 from vlm_nemo.data.sample import Drop
-from vlm_nemo.runtime import groups
+from vlm_nemo.runtime import exchange, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.types import IGNORE_INDEX, Images, PackedBatch, UserError
 
@@ -99,7 +99,7 @@ class Feed:
         account, parts = self._agree(_account(data) if data else {}, _parts(data) if data else {}, error)
         if self._ranks.first_stage and self._ranks.tensor > 1:
             names = _FIRST + _LAST if self._ranks.last_stage else _FIRST
-            sent = groups.broadcast_bytes(_pack({}, parts, names) if self._head else None, groups.tensor_group())
+            sent = exchange.broadcast_bytes(_pack({}, parts, names) if self._head else None, groups.tensor_group())
             parts |= {} if self._head else _unpack(sent)[1]
         if self._ranks.pipeline > 1:
             parts |= self._labels(parts)
@@ -111,11 +111,11 @@ class Feed:
         """Hand the account on to the replica, or the error that took its place."""
         told = {"error": [isinstance(error, UserError), _words(error)]} if error is not None else account
         if self._head and self._ranks.context > 1:
-            found = groups.broadcast_bytes(_pack(told, parts) if self._reader else None, groups.context_group())
+            found = exchange.broadcast_bytes(_pack(told, parts) if self._reader else None, groups.context_group())
             told, parts = (told, parts) if self._reader else _unpack(found)
         if self._ranks.tensor * self._ranks.pipeline > 1:
             sent = _pack(told, parts, _EVERYWHERE) if self._head else None
-            found = groups.broadcast_bytes(sent, groups.replica_group())
+            found = exchange.broadcast_bytes(sent, groups.replica_group())
             told, parts = (told, parts) if self._head else _unpack(found)
         if error is not None:
             raise error
@@ -128,13 +128,13 @@ class Feed:
         """From the head to the last stage's first rank, then to its peers."""
         sent = None
         if self._head:
-            groups.send_bytes(_pack({}, parts, _LAST), groups.last_stage_rank())
+            exchange.send_bytes(_pack({}, parts, _LAST), groups.last_stage_rank())
         if not self._ranks.last_stage:
             return {}
         if self._ranks.tensor_rank == 0:
-            sent = groups.receive_bytes(dist.get_process_group_ranks(groups.replica_group())[0])
+            sent = exchange.receive_bytes(dist.get_process_group_ranks(groups.replica_group())[0])
         if self._ranks.tensor > 1:
-            sent = groups.broadcast_bytes(sent, groups.tensor_group())
+            sent = exchange.broadcast_bytes(sent, groups.tensor_group())
         assert sent is not None
         return _unpack(sent)[1]
 

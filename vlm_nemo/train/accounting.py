@@ -14,7 +14,7 @@ from vlm_nemo.data.sample import Drop
 from vlm_nemo.model.batch import looked
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import step_flops
-from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime import device, exchange, groups
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.train.config import OptimConfig, TrainerConfig
 from vlm_nemo.train.metrics import StepMetrics
@@ -105,7 +105,7 @@ class Accounting:
         """Enter the step into the ledger. Drops found while reading are known to one replica each: share them."""
         drops = data.local_drops
         if lost:
-            gathered = groups.gather_bytes(json.dumps(drops).encode(), groups.data_group())
+            gathered = exchange.gather_bytes(json.dumps(drops).encode(), groups.data_group())
             drops = [Drop(*drop) for found in gathered for drop in json.loads(found)]
         used = Counter(data.used)
         used.subtract(drop.source for drop in drops)

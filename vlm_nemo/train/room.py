@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from vlm_nemo.runtime import groups, host
+from vlm_nemo.runtime import exchange, host
 
 SHARE = 0.5
 """Of a machine's free memory, at most; the data's threads and the page cache live there, too."""
@@ -41,7 +41,7 @@ def room_for(size: int) -> Room:
     size: bytes of this rank's copies.
     """
     mine = json.dumps([socket.gethostname(), size, host.available_bytes()]).encode()
-    told = groups.gather_bytes(mine, dist.group.WORLD)
+    told = exchange.gather_bytes(mine, dist.group.WORLD)
     needed: dict[str, int] = defaultdict(int)
     free: dict[str, int | None] = {}
     for name, need, left in map(json.loads, told):

@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from vlm_nemo.model.boxes import Box, LocalParameter
-from vlm_nemo.runtime import groups
+from vlm_nemo.runtime import exchange
 from vlm_nemo.train.optim import optimizer_slices
 from vlm_nemo.train.tensors import MOMENTS, Chunk, chunk_of, overlaps
 
@@ -137,7 +137,7 @@ def agree(mine: Sequence[Held], frozen: Collection[str]) -> Shares:
         rows.append((box, kind, *about_box, apart, piece.start, piece.stop, piece.element_bytes))
     table = torch.tensor(rows, dtype=torch.int64).reshape(-1, COLUMNS)
     world = dist.get_world_size()
-    gathered = groups.gather_bytes(table.numpy().tobytes(), dist.group.WORLD)
+    gathered = exchange.gather_bytes(table.numpy().tobytes(), dist.group.WORLD)
     names = {identity(piece.box.key): piece.box.key for piece in mine}
     holders: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)  # (kind, box) -> start, stop, rank
     about: dict[tuple[int, int], tuple[int, int]] = {}  # (kind, box) -> apart, bytes an element

@@ -34,7 +34,7 @@ from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.vlm import VLM
-from vlm_nemo.runtime import device, groups
+from vlm_nemo.runtime import device, exchange, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.layout import vision_layout
@@ -81,7 +81,7 @@ def describe(
             digest.update(data.view(torch.uint8).numpy().data)
     shares, split = [digest.digest()], vision_layout(parallel).tensor
     if split > 1:
-        shares = groups.gather_bytes(digest.digest(), groups.tensor_group())
+        shares = exchange.gather_bytes(digest.digest(), groups.tensor_group())
     spec = spec_of(cfg)
     layout = {name: value for name, value in asdict(spec.layout).items() if name not in ("before", "after")}
     about = {

@@ -16,7 +16,7 @@ from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.share import uneven
 from vlm_nemo.model.stages import Work, costs_of, described, resolved, work_of
-from vlm_nemo.runtime import groups
+from vlm_nemo.runtime import exchange, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
 from vlm_nemo.runtime.layout import image_ranks
@@ -58,7 +58,7 @@ def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, 
             parallel = resolved(cfg.model, parallel, learns(cfg.optim), work)
             lines = _told(cfg, parallel, work)
     told = json.dumps(list(parallel.layers)).encode() if ranks.main else None
-    return replace(parallel, layers=json.loads(groups.broadcast_bytes(told, groups.everyone()))), lines
+    return replace(parallel, layers=json.loads(exchange.broadcast_bytes(told, groups.everyone()))), lines
 
 
 def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:

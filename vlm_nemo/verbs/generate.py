@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.infer.images import decode_items, plan_items
 from vlm_nemo.infer.load import open_model
 from vlm_nemo.infer.prompts import prompt_of
+from vlm_nemo.infer.request import Answer
 from vlm_nemo.infer.sampling import SamplingParams
 from vlm_nemo.types import IMAGE_MARKER, UserError
 from vlm_nemo.verbs.common import set_up_logging
 
 
 def generate(cfg: GenerateRoot) -> None:
-    """Print the answer. Without any `<image>` in the prompt the images come first, a line each."""
+    """Print the answer; where it is empty, why, on stderr.
+
+    Without any `<image>` in the prompt the images come first, a line each.
+    """
     images = [_read(path) for path in cfg.image]
     prompt = cfg.prompt
     if images and IMAGE_MARKER not in prompt:
@@ -50,7 +55,18 @@ def generate(cfg: GenerateRoot) -> None:
         raise UserError(f"no answer: {answer.error}")
     if model.ranks is None or model.ranks.main:
         print(answer.text.strip())
+        if why := silence(answer):
+            print(why, file=sys.stderr)
     model.close()
+
+
+def silence(answer: Answer) -> str | None:
+    """Why there is nothing to read, where there is not."""
+    if answer.text.strip():
+        return None
+    if len(answer.token_ids) == 1 and answer.finish_reason == "stop":
+        return "the model answered nothing: its first token ended the text"
+    return f"the model answered nothing that can be read: {len(answer.token_ids)} tokens, blank or special ones only"
 
 
 def sampling_of(cfg: InferConfig, room: int) -> SamplingParams:

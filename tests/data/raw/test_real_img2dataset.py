@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pyarrow
@@ -49,9 +51,13 @@ ARRIVED = 18
 LOST = ("page.html", "broken.jpg", "empty.jpg", "cut.jpg", "slow.jpg", "gone.jpg")
 
 
+FORMATS = {"tars": "webdataset", "files": "files"}
+"""Folder -> what img2dataset calls the format."""
+
+
 @pytest.fixture(scope="module")
-def fetched(img2dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders tars/ and files/ of the same addresses."""
+def fetched(img2dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Fetches the addresses into a folder of that name; gives the folder's parent."""
     root = tmp_path_factory.mktemp("web")
     with web(FILES) as address:
         names = [*FILES, "gone.jpg"]
@@ -62,18 +68,23 @@ def fetched(img2dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "LANGUAGE": ["en"] * len(names),
         }
         pyarrow.parquet.write_table(pyarrow.table(table), root / "list.parquet")
-        formats = {"tars": "webdataset", "files": "files"}
         kept = ["similarity", "LANGUAGE"]
-        fetch(img2dataset, root / "list.parquet", root, formats, save_additional_columns=kept)
-    return root
+
+        @cache
+        def root_of(name: str) -> Path:
+            formats = {name: FORMATS[name]}
+            fetch(img2dataset, root / "list.parquet", root, formats, save_additional_columns=kept)
+            return root
+
+        yield root_of
 
 
-@pytest.mark.parametrize("layout", ["tars", "files"])
-def test_every_address_is_accounted_for(fetched: Path, tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize("layout", ["tars", pytest.param("files", marks=pytest.mark.slow)])
+def test_every_address_is_accounted_for(fetched: Callable[[str], Path], tmp_path: Path, layout: str) -> None:
     (tmp_path / "manifest.yaml").write_text(f"sources: {{web: {{kind: img2dataset, path: {layout}}}}}")
     out = tmp_path / "out"
     manifest = str(tmp_path / "manifest.yaml")
-    config = PrepareConfig(manifest=manifest, root=str(fetched), out=str(out), shard_samples=7, workers=1)
+    config = PrepareConfig(manifest=manifest, root=str(fetched(layout)), out=str(out), shard_samples=7, workers=1)
     done = prepare(config)["web"]
     assert ARRIVED + len(LOST) == len(FILES) + 1
     assert done["seen"] == ARRIVED
@@ -93,19 +104,19 @@ def test_every_address_is_accounted_for(fetched: Path, tmp_path: Path, layout: s
     assert len(folder) == ARRIVED - 2 and unused == [("holed.jpg", BROKEN_IMAGE)]
 
 
-def test_facts_of_the_list(fetched: Path) -> None:
-    samples = [raw for unit in list_downloads({"path": fetched / "tars"}, {}, 100, map) for raw in unit.read()]
+def test_facts_of_the_list(fetched: Callable[[str], Path]) -> None:
+    samples = [raw for unit in list_downloads({"path": fetched("tars") / "tars"}, {}, 100, map) for raw in unit.read()]
     first = next(raw for raw in samples if isinstance(raw, RawSample) and str(raw.facts["url"]).endswith("/0.jpg"))
     assert first.facts["similarity"] == 0.25 and first.facts["language"] == "en"
     assert first.facts["original_width"] == 40 and len(str(first.facts["sha256"])) == 64
 
 
-def test_a_model_is_trained_on_it(fetched: Path, tmp_path: Path) -> None:
+def test_a_model_is_trained_on_it(fetched: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "manifest.yaml").write_text("sources: {web: {kind: img2dataset, path: tars}}")
     out, run_dir = tmp_path / "out", tmp_path / "run"
     limits = ["max_bad_fraction=1", "workers=1"]
     runs.vlm_nemo(
-        "prepare", tmp_path / "manifest.yaml", f"root={fetched}", f"out={out}", "tokenizer_vocab=270", *limits
+        "prepare", tmp_path / "manifest.yaml", f"root={fetched('tars')}", f"out={out}", "tokenizer_vocab=270", *limits
     )
     words = [f"data.tokenizer={out}/tokenizer", f"data.sources.captions.path={out}/web", "data.max_bad_fraction=1"]
     steps = ["~data.sources.instruct", "trainer.steps=4", f"run_dir={run_dir}", "log.every=1"]

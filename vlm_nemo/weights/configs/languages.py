@@ -15,7 +15,7 @@ from vlm_nemo.weights.configs.rope import read_rope, write_scaling
 
 _ROPE = frozenset({"rope_base", "rope_scaling"})
 # Experts: see _more_misfits
-_FREE = frozenset({"vocab_size", "head_dim", "num_kv_heads", "tied_embeddings", "image_attention", "moe"}) | _ROPE
+_FREE = frozenset({"head_dim", "tied_embeddings", "image_attention", "moe"}) | _ROPE
 
 
 def _fields(
@@ -25,6 +25,9 @@ def _fields(
     heads: int,
     positions: int,
     eps: float,
+    *,
+    kv_heads: int | None,
+    vocab: int,
     act: tuple[str, str] = ("hidden_act", "silu"),
 ) -> tuple[Field, ...]:
     read, write = activation(act[1])
@@ -33,16 +36,19 @@ def _fields(
         Field(ours="ffn_hidden_size", theirs="intermediate_size", default=ffn),
         Field(ours="num_layers", theirs="num_hidden_layers", default=layers),
         Field(ours="num_heads", theirs="num_attention_heads", default=heads),
+        Field(ours="num_kv_heads", theirs="num_key_value_heads", default=kv_heads),
+        Field(ours="vocab_size", theirs="vocab_size", default=vocab),
         Field(ours="max_positions", theirs="max_position_embeddings", default=positions),
         Field(ours="norm_eps", theirs="rms_norm_eps", default=eps, read=float),
         Field(ours="activation", theirs=act[0], default=act[1], read=read, write=write),
     )
 
 
+_GELU = ("hidden_activation", "gelu_pytorch_tanh")
 _QWEN = dict(use_sliding_window=(False,))
 _QWEN_VL = Form(
     model_types=("qwen2_vl_text", "qwen2_vl", ""),
-    fields=_fields(8192, 29568, 80, 64, 32768, 1e-5),
+    fields=_fields(8192, 29568, 80, 64, 32768, 1e-5, kv_heads=8, vocab=152064),
     always=dict(qkv_bias=True),
     demands=_QWEN,
     says=("use_sliding_window",),
@@ -52,7 +58,7 @@ _QWEN_VL = Form(
 FORMS: dict[str, Form] = {
     "llama": Form(
         model_types=("llama", ""),
-        fields=_fields(4096, 11008, 32, 32, 2048, 1e-6),
+        fields=_fields(4096, 11008, 32, 32, 2048, 1e-6, kv_heads=None, vocab=32000),
         demands={"attention_bias": (False,), "mlp_bias": (False,)},
         says=("attention_bias", "mlp_bias"),
         free=_FREE,
@@ -60,14 +66,14 @@ FORMS: dict[str, Form] = {
     "mistral": Form(
         model_types=("mistral",),
         fields=(
-            *_fields(4096, 14336, 32, 32, 131072, 1e-6),
+            *_fields(4096, 14336, 32, 32, 131072, 1e-6, kv_heads=8, vocab=32000),
             Field(ours="window", theirs="sliding_window", default=4096),
         ),
         free=_FREE,
     ),
     "qwen2": Form(
         model_types=("qwen2",),
-        fields=_fields(4096, 22016, 32, 32, 32768, 1e-6),
+        fields=_fields(4096, 22016, 32, 32, 32768, 1e-6, kv_heads=32, vocab=151936),
         always=dict(qkv_bias=True),
         demands=_QWEN,
         says=("use_sliding_window",),
@@ -75,7 +81,7 @@ FORMS: dict[str, Form] = {
     ),
     "qwen3": Form(
         model_types=("qwen3",),
-        fields=_fields(4096, 22016, 32, 32, 32768, 1e-6),
+        fields=_fields(4096, 22016, 32, 32, 32768, 1e-6, kv_heads=32, vocab=151936),
         always=dict(qk_norm=True),
         demands={**_QWEN, "attention_bias": (False,)},
         says=("use_sliding_window", "attention_bias"),
@@ -84,7 +90,7 @@ FORMS: dict[str, Form] = {
     "mixtral": Form(
         model_types=("mixtral",),
         fields=(
-            *_fields(4096, 14336, 32, 32, 131072, 1e-5),
+            *_fields(4096, 14336, 32, 32, 131072, 1e-5, kv_heads=8, vocab=32000),
             Field(ours="window", theirs="sliding_window", default=None),
         ),
         demands={"router_jitter_noise": (0.0,)},
@@ -92,7 +98,7 @@ FORMS: dict[str, Form] = {
     ),
     "qwen2_moe": Form(
         model_types=("qwen2_moe",),
-        fields=_fields(2048, 5632, 24, 16, 32768, 1e-6),
+        fields=_fields(2048, 5632, 24, 16, 32768, 1e-6, kv_heads=16, vocab=151936),
         always=dict(qkv_bias=True),
         demands={**_QWEN, "qkv_bias": (True,)},
         says=("use_sliding_window", "qkv_bias"),
@@ -100,7 +106,7 @@ FORMS: dict[str, Form] = {
     ),
     "qwen3_moe": Form(
         model_types=("qwen3_moe",),
-        fields=_fields(2048, 6144, 24, 32, 32768, 1e-6),
+        fields=_fields(2048, 6144, 24, 32, 32768, 1e-6, kv_heads=4, vocab=151936),
         always=dict(qk_norm=True),
         demands={**_QWEN, "attention_bias": (False,)},
         says=("use_sliding_window", "attention_bias"),
@@ -109,7 +115,7 @@ FORMS: dict[str, Form] = {
     "gemma3": Form(
         model_types=("gemma3_text",),
         fields=(
-            *_fields(2304, 9216, 26, 8, 131072, 1e-6, ("hidden_activation", "gelu_pytorch_tanh")),
+            *_fields(2304, 9216, 26, 8, 131072, 1e-6, kv_heads=4, vocab=262208, act=_GELU),
             Field(ours="window", theirs="sliding_window", default=4096),
         ),
         always=dict(qk_norm=True, norm_plus_one=True, sandwich_norm=True),
@@ -125,11 +131,11 @@ FORMS: dict[str, Form] = {
     "mllama": Form(
         model_types=("mllama_text_model", ""),
         fields=(
-            *_fields(4096, 14336, 40, 32, 131072, 1e-5),
+            *_fields(4096, 14336, 40, 32, 131072, 1e-5, kv_heads=8, vocab=128256),
             Field(
                 ours="cross_attention_layers",
                 theirs="cross_attention_layers",
-                default=(3, 8, 13, 18, 23, 28, 33, 38),
+                default=[3, 8, 13, 18, 23, 28, 33, 38],
                 read=list,
             ),
         ),
@@ -142,32 +148,6 @@ FORMS: dict[str, Form] = {
 }
 """By the name that `families` uses."""
 
-VOCABULARIES = {
-    "llama": 32000,
-    "mistral": 32000,
-    "qwen2": 151936,
-    "qwen3": 151936,
-    "mixtral": 32000,
-    "qwen2_moe": 151936,
-    "qwen3_moe": 151936,
-    "gemma3": 262208,
-    "mllama": 128256,
-    "qwen2_vl": 152064,
-    "qwen2_5_vl": 152064,
-}
-KV_HEADS: dict[str, int | None] = {
-    "llama": None,
-    "mistral": 8,
-    "qwen2": 32,
-    "qwen3": 32,
-    "mixtral": 8,
-    "qwen2_moe": 16,
-    "qwen3_moe": 4,
-    "gemma3": 4,
-    "mllama": 8,
-    "qwen2_vl": 8,
-    "qwen2_5_vl": 8,
-}
 HEAD_DIMS: dict[str, int | None] = {
     "llama": None,
     "mistral": None,
@@ -187,10 +167,10 @@ def read_language(name: str, given: Mapping[str, Any], where: str) -> LanguageCo
     """Our configuration of a `text_config`. Raises UserError."""
     where += " (language)"
     given = dict(given)
-    cfg = LanguageConfig(**read_form(FORMS[name], given, where))
-    cfg.vocab_size = given.get("vocab_size", VOCABULARIES[name])
-    heads = given.get("num_key_value_heads", KV_HEADS[name])
-    cfg.num_kv_heads = cfg.num_heads if heads is None else heads
+    said = read_form(FORMS[name], given, where)
+    if said["num_kv_heads"] is None:  # every query head has its own
+        said["num_kv_heads"] = said["num_heads"]
+    cfg = LanguageConfig(**said)
     cfg.head_dim = _head_dim(name, given, cfg, where)
     if name in EXPERTS:
         cfg.moe = read_experts(name, given)
@@ -212,8 +192,6 @@ def write_language(name: str, cfg: LanguageConfig) -> dict[str, Any]:
     found = {
         **write_form(FORMS[name], cfg),
         **write_experts(name, cfg.moe),
-        "vocab_size": cfg.vocab_size,
-        "num_key_value_heads": cfg.num_kv_heads,
         "rope_theta": cfg.rope_base,
         "rope_scaling": write_scaling(cfg),
         "tie_word_embeddings": cfg.tied_embeddings,
