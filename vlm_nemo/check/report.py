@@ -65,7 +65,7 @@ def show(findings: Sequence[Finding], console: Console) -> None:
         for table in finding.tables:
             console.print(_rich(table))
         for note in finding.notes:
-            console.print(f"{finding.part}: {note}", highlight=False)
+            console.print(f"{finding.part}: {note}", highlight=False, markup=False, emoji=False)
     verdicts = RichTable(title="rehearsal", title_justify="left")
     for column in ("part", "", "what"):
         verdicts.add_column(column)
@@ -134,11 +134,11 @@ def _html(table: Table) -> str:
 
 
 def _rich(table: Table) -> RichTable:
-    made = RichTable(title=table.title, title_justify="left")
+    made = RichTable(title=Text(table.title, style="table.title"), title_justify="left")
     for i, column in enumerate(table.columns):
         made.add_column(column, justify="left" if i == 0 else "right")
     for i, row in enumerate(table.rows):
-        made.add_row(*row, style="red" if i in table.bad else None)
+        made.add_row(*map(Text, row), style="red" if i in table.bad else None)
     return made
 
 
