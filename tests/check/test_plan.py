@@ -28,6 +28,7 @@ from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.step import run_schedule
+from vlm_nemo.types import UserError
 
 
 def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precision: str = "fp32") -> Job:
@@ -180,6 +181,7 @@ def test_what_a_checkpoint_copies_is_told() -> None:
     # As large as they are: a tiny model's are not nothing, and its bar is seen beside a limit of thousands of it
     assert told(copied).endswith("KiB") and "MiB" in found.tables[0].title and found.verdict.endswith("of 74.00 GiB")
     assert "0.00" not in found.tables[0].rows[0]
+    assert found.tables[0].title.endswith("2 ranks, 2 replicas, 4 micro-batches")
     (axis,) = found.figures[0][1].axes
     assert axis.get_xlabel().startswith("MiB; the limit of 74.00 GiB is far")
     assert max(bar.get_width() for bar in axis.patches) > 0.2 * axis.get_xlim()[1]
@@ -234,12 +236,18 @@ def test_what_does_not_fit_is_said_with_a_knob_that_helps(tmp_path: Path) -> Non
     assert plan(made, memory_gib=2 * limit, reserve_gib=0.0, assumed="made up").ok
 
 
+def test_a_layout_of_other_ranks_names_the_key() -> None:
+    with pytest.raises(UserError, match="^on check.world=3 ranks: .* takes a multiple of 2 ranks, and 3 were started"):
+        plan(job(ParallelConfig(tensor=2), world=3), memory_gib=1.0, reserve_gib=0.0, assumed="made up")
+
+
 def test_nothing_helps_where_nothing_can(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     finding = plan(job(ParallelConfig()), memory_gib=0.0001, reserve_gib=0.0, assumed="made up")
     show([finding], Console(width=200))
     assert "use more ranks" in finding.verdict
+    assert finding.tables[0].title.endswith("1 rank, 1 replica, 8 micro-batches")
     assert "FAILED" in capsys.readouterr().out
 
 

@@ -21,6 +21,7 @@ from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.layout import check_layout, image_ranks
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.optim import learns
+from vlm_nemo.types import UserError
 
 SYSTEM = "CUDA, NCCL and the allocator"
 FAR = 6
@@ -56,14 +57,17 @@ class Job:
 
 def needs(job: Job) -> list[StageNeeds]:
     """Of every stage. Raises UserError for a layout that the model or the world cannot have."""
-    check_layout(
-        job.parallel,
-        job.model,
-        world_size=job.world,
-        global_packs=job.global_packs,
-        micro_packs=job.micro_packs,
-        capacity=job.capacity,
-    )
+    try:
+        check_layout(
+            job.parallel,
+            job.model,
+            world_size=job.world,
+            global_packs=job.global_packs,
+            micro_packs=job.micro_packs,
+            capacity=job.capacity,
+        )
+    except UserError as error:  # as training would say it, of ranks that were started
+        raise UserError(f"on check.world={job.world} ranks: {error}") from None
     parallel = as_trained(job)
     batch = job.batch(parallel)
     return [
@@ -115,8 +119,8 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     peaks = [worst.peak, *(again.peak for again in recomputed if again)]
     unit = unit_of(max(peaks))  # one for all cells, so that a row's sizes add up by eye
     table = Table(
-        title=f"a rank of each stage, {unit.name}; {job.world} ranks, {job.replicas} replicas, "
-        f"{job.micro} micro-batches",
+        title=f"a rank of each stage, {unit.name}; {_many(job.world, 'rank')}, {_many(job.replicas, 'replica')}, "
+        f"{_many(job.micro, 'micro-batch', 'es')}",
         columns=("stage", "parameters", "weights", "gradients", "optimizer", "activations", "peak", "with recompute"),
         rows=[
             (
@@ -239,6 +243,10 @@ def _apart_bytes(stage: StageNeeds, word: str) -> int:
     """Of collectives that are counted apart: keys and values of context ranks; tokens for experts and what these give,
     where in a rehearsal every expert gets its even share."""
     return sum(size for name, size in stage.sent.items() if name.startswith(f"{word} "))
+
+
+def _many(number: int, what: str, plural: str = "s") -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else plural)
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:
