@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
 from vlm_nemo.check.needs import EXPERTS, StageNeeds
-from vlm_nemo.check.plan import Job, _copied, _shared_images, needs, plan
+from vlm_nemo.check.plan import Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.check.sizes import GIB, told
@@ -21,10 +21,10 @@ from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import MoeConfig
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.share import embedders
 from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.step import run_schedule
@@ -51,7 +51,7 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
             image_token=IMAGE,
             device=torch.device("cpu"),
             context=(0, layout.context),
-            sharing=(0, image_ranks(layout)),
+            sharing=(0, embedders(layout, kept=False).ranks),
         ),
         work=work_of([row], cfg),
     )
@@ -193,11 +193,7 @@ def test_the_plan_follows_the_cut_and_says_what_would_balance_it() -> None:
     finding = plan(given, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
     assert finding.data["layers"] == [3, 1] and finding.data["balance"] > 1.3
     assert "(parallel.layers=[3,1]; parallel.layers=[] makes it 1.0" in finding.verdict
-    assert "shared out over 2 ranks: the busiest does 1.0" in " ".join(finding.notes)
-    kept = replace(given, work=replace(given.work, apart=True))
-    assert _shared_images(kept) == [
-        "with data.vision_cache each of 2 ranks embeds all images of a row: none is shared out"
-    ]
+    assert "2 ranks share out the images of a row, the busiest does 1.0" in " ".join(finding.notes)
     better = plan(
         replace(given, parallel=replace(given.parallel, layers=[])), memory_gib=1.0, reserve_gib=0.0, assumed="made up"
     )

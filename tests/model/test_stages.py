@@ -132,17 +132,17 @@ def test_images_that_cannot_be_shared_evenly_cost_the_first_stage_more() -> None
 def test_images_that_every_rank_embeds_cost_the_first_stage_as_often() -> None:
     """Two images a row, over two tensor or context ranks: one each, or both on each (data.vision_cache)."""
     work = Work(lengths=(1200,) * 4, grids=(((24, 24),) * 2,) * 4, supervised=100)
-    apart = replace(work, apart=True)
+    kept = replace(work, kept=True)
 
     def first(work: Work, **layout: Any) -> float:
         return costs_of(ModelConfig(), ParallelConfig(pipeline=2, **layout), STAGE2, work).first
 
     whole = first(work)
-    assert first(apart) == first(work, tensor=2, vision=1) == first(work, context=2) == pytest.approx(whole)
-    assert first(apart, tensor=2, vision=1) == first(apart, context=2) == pytest.approx(2 * whole)
-    assert first(apart, tensor=2, vision=1, context=2) == pytest.approx(4 * whole)
-    assert first(apart, tensor=2) == pytest.approx(whole)
-    assert first(apart, tensor=2, context=2) == first(work, tensor=2, context=2) == pytest.approx(2 * whole)
+    assert first(kept) == first(work, tensor=2, vision=1) == first(work, context=2) == pytest.approx(whole)
+    assert first(kept, tensor=2, vision=1) == first(kept, context=2) == pytest.approx(2 * whole)
+    assert first(kept, tensor=2, vision=1, context=2) == pytest.approx(4 * whole)
+    assert first(kept, tensor=2) == pytest.approx(whole)
+    assert first(kept, tensor=2, context=2) == first(work, tensor=2, context=2) == pytest.approx(2 * whole)
 
 
 def test_megatrons_layout() -> None:

@@ -131,6 +131,7 @@ def history(
     from vlm_nemo.data.tokenizer import Tokenizer
     from vlm_nemo.model.batch import model_batch
     from vlm_nemo.model.build import build_model
+    from vlm_nemo.model.share import embedders
     from vlm_nemo.runtime import device, groups
     from vlm_nemo.train import optim, step
     from vlm_nemo.train.vision_cache import open_store, start_keeping
@@ -152,7 +153,7 @@ def history(
     step.prepare_model(model)
     if cache:
         keeper = start_keeping(store, chunks, cfg, parallel, precision)
-    sharing = chunks[0].image_place if shared and not cache else (0, 1)
+    sharing = embedders(parallel, kept=cache is not None).place if shared else (0, 1)
     found = []
     for number in range(1, STEPS + 1):
         rows = feed.next().batches

@@ -15,10 +15,9 @@ from vlm_nemo.check.sizes import GIB, told, unit_of
 from vlm_nemo.check.timeline import Timeline, simulate
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.share import uneven
-from vlm_nemo.model.stages import Work, chunk_layers, costs_of, resolved
+from vlm_nemo.model.stages import Work, chunk_layers, costs_of, resolved, told_of_images
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import check_layout, image_ranks
+from vlm_nemo.runtime.layout import check_layout
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.optim import learns
 from vlm_nemo.types import UserError
@@ -180,7 +179,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         tables=[table, work],
         notes=[
             assumed,
-            *_shared_images(job),
+            *told_of_images(job.model, job.parallel, job.work),
             f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}",
             f"a checkpoint in the background (checkpoint.asynchronous) copies {told(_copied(job, stages))} a rank "
             "to the host's memory",
@@ -195,16 +194,6 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
             "limit": limit,
         },
     )
-
-
-def _shared_images(job: Job) -> list[str]:
-    """How evenly a row's images are shared out over tensor and context ranks, where they are."""
-    if (sharing := image_ranks(job.parallel)) == 1:
-        return []
-    if job.work.apart:
-        return [f"with data.vision_cache each of {sharing} ranks embeds all images of a row: none is shared out"]
-    busiest = uneven(job.model, job.work.grids, sharing, job.work.views)
-    return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
 
 
 def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:

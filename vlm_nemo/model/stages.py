@@ -21,9 +21,8 @@ from vlm_nemo.model.batch import looked
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import Grid, layer_flops, step_flops
 from vlm_nemo.model.layout import spec_of
-from vlm_nemo.model.share import uneven
+from vlm_nemo.model.share import embedders
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import image_ranks, vision_layout
 from vlm_nemo.types import PackedBatch
 
 TIE = 1e-9
@@ -44,8 +43,8 @@ class Work:
     """Of every image; None = one each."""
     looked: tuple[tuple[int, int], ...] = ()
     """So many tokens look at so many features, in the layers of the decoder that look at images."""
-    apart: bool = False
-    """Ranks that could share out a row's images embed all of them each (data.vision_cache)."""
+    kept: bool = False
+    """What the tower makes of images is kept (data.vision_cache)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,7 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     """trained: part -> whether it learns: a frozen tower has no backward pass, a frozen decoder makes no gradients of
     its weights.
 
-    Where ranks share out images (`parallel.vision`), the one with most decides how long vision takes; where they do
-    not, every context rank embeds all images, and with a whole tower every tensor rank too.
+    Where ranks share out images, the one with most decides how long vision takes (`share.embedders`).
     """
     grids = [grid for row in work.grids for grid in row]
     all_parts = step_flops(
@@ -79,9 +77,7 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     )
     features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if work.looked else 0
     first = all_parts.vision + all_parts.projector
-    sharing = image_ranks(parallel, apart=work.apart)
-    alone = parallel.tensor * parallel.context // vision_layout(parallel).tensor
-    first *= uneven(cfg, work.grids, sharing, work.views) if sharing > 1 else alone
+    first *= embedders(parallel, kept=work.kept).times(cfg, work.grids, work.views)
     layers = range(cfg.language.num_layers)
     return Costs(
         first=first,
@@ -90,15 +86,15 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     )
 
 
-def work_of(rows: Sequence[PackedBatch], cfg: ModelConfig, *, apart: bool = False) -> Work:
-    """Of packed rows, whatever is in their images. apart: see `Work`."""
+def work_of(rows: Sequence[PackedBatch], cfg: ModelConfig, *, kept: bool = False) -> Work:
+    """Of packed rows, whatever is in their images. kept: see `Work`."""
     return Work(
         lengths=tuple(length for row in rows for length in row.lengths),
         grids=tuple(tuple((int(h), int(w)) for h, w in row.images.grids.tolist()) for row in rows),
         supervised=sum(row.supervised for row in rows),
         views=tuple(count for row in rows for count in row.images.views.tolist()),
         looked=tuple(look for row in rows for look in looked(row, cfg)),
-        apart=apart,
+        kept=kept,
     )
 
 
@@ -164,6 +160,17 @@ def described(costs: Costs, layers: Sequence[int], pipeline: int) -> str:
         + f": stages do {shares} of the arithmetic (vision {costs.first / total:.1%}, head {costs.last / total:.1%}), "
         f"the busiest {busiest(stages):.3f} x the mean"
     )
+
+
+def told_of_images(cfg: ModelConfig, parallel: ParallelConfig, work: Work) -> list[str]:
+    """Who embeds a row's images, in a line, where ranks share them out or could."""
+    could = embedders(parallel, kept=False)
+    if not could.shared:
+        return []
+    if work.kept:
+        return [f"with data.vision_cache each of {could.ranks} ranks embeds all images of a row"]
+    busiest = could.times(cfg, work.grids, work.views)
+    return [f"{could.ranks} ranks share out the images of a row, the busiest does {busiest:.2f} x the mean"]
 
 
 def layout(layers: Sequence[int]) -> list[list[str]]:
