@@ -15,7 +15,7 @@ from vlm_nemo.check.sizes import GIB, told, unit_of
 from vlm_nemo.check.timeline import Timeline, simulate
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.stages import Work, chunk_layers, costs_of, resolved, told_of_images
+from vlm_nemo.model.stages import Work, chunk_layers, costs_of, once_kept, resolved, told_of_images
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.layout import check_layout
 from vlm_nemo.train.config import OptimConfig
@@ -180,6 +180,7 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         notes=[
             assumed,
             *told_of_images(job.model, job.parallel, job.work),
+            *once_kept(job.model, as_trained(job), learns(job.optim), job.work),
             f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}",
             f"a checkpoint in the background (checkpoint.asynchronous) copies {told(_copied(job, stages))} a rank "
             "to the host's memory",

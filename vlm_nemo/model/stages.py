@@ -7,6 +7,10 @@ dearest stage is cheapest, and of several such cuts the most even one:
     vision 6, eight layers of 2, head 4, three stages      6 + 1 x 2 | 4 x 2 | 3 x 2 + 4  ->  [1, 4, 3]: 8 | 8 | 10
 
 A stage of several virtual chunks works all of them in turn, so there it is the sum over them that counts.
+
+Where the tower's features are kept (data.vision_cache) the cut is the one for a tower that runs, as in the first epoch
+of a new cache: whether and when a run finds all its images there is not known when it is cut. What a full cache makes
+of that cut, and which one would suit it, is told beside it (`once_kept`).
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from vlm_nemo.model.share import embedders
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.types import PackedBatch
 
+WORTH = 0.01
+"""By how much the busiest stage must become lighter for another cut to be worth a word."""
 TIE = 1e-9
 """Cuts whose dearest stages differ by less, relatively, are as good as one another."""
 
@@ -59,9 +65,11 @@ class Costs:
     """The head."""
 
 
-def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, bool], work: Work) -> Costs:
+def costs_of(
+    cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, bool], work: Work, *, read: bool = False
+) -> Costs:
     """trained: part -> whether it learns: a frozen tower has no backward pass, a frozen decoder makes no gradients of
-    its weights.
+    its weights. read: what the tower made of all images was kept, and is read.
 
     Where ranks share out images, the one with most decides how long vision takes (`share.embedders`).
     """
@@ -70,9 +78,10 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
         cfg,
         trained,
         lengths=work.lengths,
-        grids=grids,
+        grids=[] if read else grids,
+        known=grids if read else [],
         supervised=work.supervised,
-        views=work.views,
+        views=[] if read else work.views,
         looked=work.looked,
     )
     features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if work.looked else 0
@@ -150,16 +159,34 @@ def busiest(stages: Sequence[float]) -> float:
     return max(stages) * len(stages) / sum(stages)
 
 
+def as_words(layers: Sequence[int]) -> str:
+    """As on the command line: parallel.layers=[7,9,9,9]"""
+    return f"parallel.layers={list(layers)}".replace(" ", "")
+
+
 def described(costs: Costs, layers: Sequence[int], pipeline: int) -> str:
     """In a line: [7, 9, 9, 9] layers a stage …"""
     stages = stage_costs(costs, layers, pipeline)
     total = sum(stages)
     shares = " ".join(f"{stage / total:.1%}" for stage in stages)
     return (
-        f"parallel.layers={list(layers)}".replace(" ", "")
-        + f": stages do {shares} of the arithmetic (vision {costs.first / total:.1%}, head {costs.last / total:.1%}), "
-        f"the busiest {busiest(stages):.3f} x the mean"
+        f"{as_words(layers)}: stages do {shares} of the arithmetic (vision {costs.first / total:.1%}, head "
+        f"{costs.last / total:.1%}), the busiest {busiest(stages):.3f} x the mean"
     )
+
+
+def once_kept(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, bool], work: Work) -> list[str]:
+    """With data.vision_cache, in a line, what its being full makes of a cut, and what would suit that better.
+    parallel.layers is filled in."""
+    if parallel.pipeline == 1 or not work.kept:
+        return []
+    costs = costs_of(cfg, parallel, trained, work, read=True)
+    cuts = parallel.layers, balanced(costs, parallel)
+    now, best = (busiest(stage_costs(costs, layers, parallel.pipeline)) for layers in cuts)
+    line = f"once data.vision_cache holds every image the tower rests and the busiest stage does {now:.3f} x the mean"
+    if now > best * (1 + WORTH):
+        line += f"; {as_words(cuts[1])} makes that {best:.3f} x"
+    return [line]
 
 
 def told_of_images(cfg: ModelConfig, parallel: ParallelConfig, work: Work) -> list[str]:

@@ -15,7 +15,7 @@ from vlm_nemo.data.sources import Sources, open_sources
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.share import embedders
-from vlm_nemo.model.stages import Work, costs_of, described, resolved, told_of_images, work_of
+from vlm_nemo.model.stages import Work, costs_of, described, once_kept, resolved, told_of_images, work_of
 from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
@@ -65,6 +65,7 @@ def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:
     if parallel.pipeline > 1:
         costs = costs_of(cfg.model, parallel, learns(cfg.optim), work)
         lines.append(f"pipeline: {described(costs, parallel.layers, parallel.pipeline)}{by}")
+        lines += [f"pipeline: {line}" for line in once_kept(cfg.model, parallel, learns(cfg.optim), work)]
     lines += [f"vision: {line}{'' if work.kept else by}" for line in told_of_images(cfg.model, parallel, work)]
     return lines
 
