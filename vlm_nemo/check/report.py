@@ -16,8 +16,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem;color:#222}
+p{max-width:70rem}.figures{overflow-x:auto}.figures td{white-space:nowrap}
+.figures td:first-child{white-space:normal;min-width:14rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}.bad td,.fail{color:#b3261e}.ok{color:#176b2c}
 img{max-width:100%}h2{margin-top:2rem}
 """
@@ -130,7 +132,7 @@ def _html(table: Table) -> str:
         f"<tr{' class=bad' if i in table.bad else ''}>" + "".join(f"<td>{html.escape(cell)}" for cell in row) + "</tr>"
         for i, row in enumerate(table.rows)
     )
-    return f"<h3>{html.escape(table.title)}</h3><table><tr>{head}</tr>{rows}</table>"
+    return f"<h3>{html.escape(table.title)}</h3><div class=figures><table><tr>{head}</tr>{rows}</table></div>"
 
 
 def _rich(table: Table) -> RichTable:
