@@ -58,7 +58,7 @@ def test_the_plan_says_it_and_fails_where_it_cannot_be(
     cfg = build(compose("check", CheckRoot, asked.overrides, asked.recipe), CheckRoot)
     plain = Finding(part="plan", ok=True, verdict="fits")
     *_, work = check._typical_row(cfg, there_is_data=True)
-    assert work.apart, "no rank takes a share of a row's images"
+    assert work.kept, "no rank takes a share of a row's images"
     found = check._with_cache(cfg, plain, there_is_data=True)
     assert found.ok and "data.vision_cache" in found.notes[-1] and found.data["vision_cache"]["images"] > 100
     monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))

@@ -93,6 +93,12 @@ def test_a_dry_step_takes_the_recipes_rows(shards: Path) -> None:
     assert [row[1] for row in found.tables[0].rows] == ["frozen", "yes", "yes"]
 
 
+@pytest.mark.parametrize("warmup", [0, 2000])
+def test_a_dry_step_learns_at_the_peak_whatever_leads_there(warmup: int, shards: Path) -> None:
+    found = stepped(config(shards, f"optim.warmup_steps={warmup}", "optim.min_lr_ratio=0"))
+    assert found.ok and [row[4] for row in found.tables[0].rows] == ["yes"] * 3, found
+
+
 def _lost_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     real = step.token_loss
     monkeypatch.setattr(

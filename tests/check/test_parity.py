@@ -12,7 +12,7 @@ import pytest
 from tests import warm
 from vlm_nemo.check import parity as parities
 from vlm_nemo.check.made import Subject
-from vlm_nemo.check.parity import CASES, Differences, parity
+from vlm_nemo.check.parity import CASES, Differences, own, parity
 from vlm_nemo.model.config import MoeConfig
 from vlm_nemo.runtime import processes
 from vlm_nemo.runtime.config import ParallelConfig
@@ -62,7 +62,9 @@ def planted(fault: str, function: Callable[..., Any], *given: Any) -> Any:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """These cases alone, without the recipe's own layout."""
     monkeypatch.setattr(parities, "CASES", {name: CASES[name] for name in names})
+    monkeypatch.setattr(parities, "own", lambda parallel: {})
 
 
 def test_a_sound_model_passes(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +94,36 @@ def test_every_layout(small: Subject) -> None:
     dense = [name for name in CASES if "expert" not in name]
     assert [layout["name"] for layout in found.data["layouts"]] == dense
     assert not found.data["left_out"]
+
+
+WIDE = ParallelConfig(
+    tensor=8, sequence=True, vision=1, context=4, expert=16, pipeline=4, virtual=3, layers=[3] * 12, recompute="full"
+)
+
+
+def test_a_recipes_own_layout_is_tried_small_where_no_case_is_the_same() -> None:
+    """Whatever its sizes are: two of each at most, and two replicas where that leaves ranks."""
+    (name,) = own(WIDE)
+    assert name == (
+        "the recipe's: tensor 2, vision 1, pipeline 2, virtual 2, context 2, expert 2, sequence, "
+        "distributed optimizer, recompute full"
+    )
+    world, rows, fields = own(WIDE)[name]
+    assert (world, rows) == (8, "packed") and fields["expert"] == 2 and "layers" not in fields
+    assert [world for world, *_ in own(ParallelConfig(tensor=4, vision=1)).values()] == [4]
+    same = [{}, dict(tensor=8, sequence=True), dict(pipeline=4), dict(pipeline=4, layers=[1, 2, 2, 3])]
+    assert [own(ParallelConfig(**layout)) for layout in same] == [{}] * 4  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_recipes_own_layout_of_everything(small: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight processes: experts over data and context ranks, shared images, stages of two chunks."""
+    monkeypatch.setattr(parities, "CASES", {"packed": CASES["packed"]})
+    moe = MoeConfig(experts=4, ffn_hidden_size=24, shared_ffn_hidden_size=16, shared_gate=True, aux_loss=0.05)
+    model = replace(small.model, language=replace(small.model.language, moe=moe))
+    found = parity(replace(small, model=model), WIDE)
+    assert found.ok and not found.data["left_out"], found
+    assert [layout["processes"] for layout in found.data["layouts"]] == [1, 8]
 
 
 @pytest.mark.slow

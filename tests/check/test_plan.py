@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_model
 from vlm_nemo.check.needs import EXPERTS, StageNeeds
-from vlm_nemo.check.plan import Job, _copied, _shared_images, needs, plan
+from vlm_nemo.check.plan import Job, _copied, needs, plan
 from vlm_nemo.check.report import show, write
 from vlm_nemo.check.rows import IMAGE, blank_sample, full_row
 from vlm_nemo.check.sizes import FLOPS, GIB, told
@@ -21,13 +21,14 @@ from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import MoeConfig
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.share import embedders
 from vlm_nemo.model.stages import work_of
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train import optim
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.step import run_schedule
+from vlm_nemo.types import UserError
 
 
 def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precision: str = "fp32") -> Job:
@@ -50,7 +51,7 @@ def job(parallel: ParallelConfig, world: int = 1, capacity: int = 2048, precisio
             image_token=IMAGE,
             device=torch.device("cpu"),
             context=(0, layout.context),
-            sharing=(0, image_ranks(layout)),
+            sharing=(0, embedders(layout, kept=False).ranks),
         ),
         work=work_of([row], cfg),
     )
@@ -180,6 +181,7 @@ def test_what_a_checkpoint_copies_and_a_step_computes_is_told() -> None:
     # As large as they are: a tiny model's are not nothing, and its bar is seen beside a limit of thousands of it
     assert told(copied).endswith("KiB") and "MiB" in found.tables[0].title and found.verdict.endswith("of 74.00 GiB")
     assert "0.00" not in found.tables[0].rows[0]
+    assert found.tables[0].title.endswith("2 ranks, 2 replicas, 4 micro-batches")
     (axis,) = found.figures[0][1].axes
     assert axis.get_xlabel().startswith("MiB; the limit of 74.00 GiB is far")
     assert max(bar.get_width() for bar in axis.patches) > 0.2 * axis.get_xlim()[1]
@@ -196,11 +198,7 @@ def test_the_plan_follows_the_cut_and_says_what_would_balance_it() -> None:
     finding = plan(given, memory_gib=1.0, reserve_gib=0.0, assumed="made up")
     assert finding.data["layers"] == [3, 1] and finding.data["balance"] > 1.3
     assert "(parallel.layers=[3,1]; parallel.layers=[] makes it 1.0" in finding.verdict
-    assert "shared out over 2 ranks: the busiest does 1.0" in " ".join(finding.notes)
-    kept = replace(given, work=replace(given.work, apart=True))
-    assert _shared_images(kept) == [
-        "with data.vision_cache each of 2 ranks embeds all images of a row: none is shared out"
-    ]
+    assert "2 ranks share out the images of a row, the busiest does 1.0" in " ".join(finding.notes)
     better = plan(
         replace(given, parallel=replace(given.parallel, layers=[])), memory_gib=1.0, reserve_gib=0.0, assumed="made up"
     )
@@ -238,12 +236,18 @@ def test_what_does_not_fit_is_said_with_a_knob_that_helps(tmp_path: Path) -> Non
     assert "parallel.recompute=full" in page.read_text() and "data:image/png;base64," in page.read_text()
 
 
+def test_a_layout_of_other_ranks_names_the_key() -> None:
+    with pytest.raises(UserError, match="^on check.world=3 ranks: .* takes a multiple of 2 ranks, and 3 were started"):
+        plan(job(ParallelConfig(tensor=2), world=3), memory_gib=1.0, reserve_gib=0.0, assumed="made up")
+
+
 def test_nothing_helps_where_nothing_can(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     finding = plan(job(ParallelConfig()), memory_gib=0.0001, reserve_gib=0.0, assumed="made up")
     show([finding], Console(width=200))
     assert "use more ranks" in finding.verdict
+    assert finding.tables[0].title.endswith("1 rank, 1 replica, 8 micro-batches")
     assert "FAILED" in capsys.readouterr().out
 
 

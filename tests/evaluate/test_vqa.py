@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from vlm_nemo.evaluate import vqa
 from vlm_nemo.evaluate.gallery import choose
@@ -14,6 +15,7 @@ from vlm_nemo.evaluate.vqa import Answered, Question, matches, score, swap_image
 from vlm_nemo.infer import replicas
 from vlm_nemo.infer.engine import Answer, RequestOutput
 from vlm_nemo.types import UserError
+from vlm_nemo.verbs.evaluate import score_table
 
 
 def question(kind: str, truth: str, *images: bytes) -> Question:
@@ -23,6 +25,12 @@ def question(kind: str, truth: str, *images: bytes) -> Question:
 def test_what_counts_as_equal() -> None:
     assert matches(" Red. ", "red") and matches("two", "Two")
     assert not matches("red circle", "red") and not matches("", "red")
+
+
+def test_a_kind_is_shown_as_the_data_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = score([question("[count]", "two", b"2"), question("[/b]", "a", b"1")], ["two", "b"], [])
+    Console(width=100).print(score_table(scores))
+    assert {"[count]", "[/b]"} <= set(capsys.readouterr().out.split())
 
 
 def test_scores_by_hand() -> None:

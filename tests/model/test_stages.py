@@ -21,6 +21,7 @@ from vlm_nemo.model.stages import (
     chunk_layers,
     costs_of,
     layout,
+    once_kept,
     resolved,
     stage_costs,
     work_of,
@@ -132,17 +133,37 @@ def test_images_that_cannot_be_shared_evenly_cost_the_first_stage_more() -> None
 def test_images_that_every_rank_embeds_cost_the_first_stage_as_often() -> None:
     """Two images a row, over two tensor or context ranks: one each, or both on each (data.vision_cache)."""
     work = Work(lengths=(1200,) * 4, grids=(((24, 24),) * 2,) * 4, supervised=100)
-    apart = replace(work, apart=True)
+    kept = replace(work, kept=True)
 
     def first(work: Work, **layout: Any) -> float:
         return costs_of(ModelConfig(), ParallelConfig(pipeline=2, **layout), STAGE2, work).first
 
     whole = first(work)
-    assert first(apart) == first(work, tensor=2, vision=1) == first(work, context=2) == pytest.approx(whole)
-    assert first(apart, tensor=2, vision=1) == first(apart, context=2) == pytest.approx(2 * whole)
-    assert first(apart, tensor=2, vision=1, context=2) == pytest.approx(4 * whole)
-    assert first(apart, tensor=2) == pytest.approx(whole)
-    assert first(apart, tensor=2, context=2) == first(work, tensor=2, context=2) == pytest.approx(2 * whole)
+    assert first(kept) == first(work, tensor=2, vision=1) == first(work, context=2) == pytest.approx(whole)
+    assert first(kept, tensor=2, vision=1) == first(kept, context=2) == pytest.approx(2 * whole)
+    assert first(kept, tensor=2, vision=1, context=2) == pytest.approx(4 * whole)
+    assert first(kept, tensor=2) == pytest.approx(whole)
+    assert first(kept, tensor=2, context=2) == first(work, tensor=2, context=2) == pytest.approx(2 * whole)
+
+
+def test_a_full_cache_is_told_beside_the_cut() -> None:
+    """A new one has to be filled: the cut is that of a tower that runs, and the other is named where it is better."""
+    cfg, parallel = ModelConfig(), ParallelConfig(pipeline=2)
+    cfg.language.num_layers, cfg.language.num_kv_heads = 8, 8
+    work = Work(lengths=(700,) * 4, grids=(((48, 48),) * 4,), supervised=400, kept=True)
+    running, resting = (costs_of(cfg, parallel, STAGE2, work, read=read) for read in (False, True))
+    assert 0 < resting.first < 0.2 * running.first
+    assert (resting.layers, resting.last) == (running.layers, running.last)
+    cut, wished = (replace(parallel, layers=balanced(costs, parallel)) for costs in (running, resting))
+    assert resolved(cfg, parallel, STAGE2, work) == cut and cut.layers[0] < wished.layers[0]
+    now, best = (busiest(stage_costs(resting, one.layers, 2)) for one in (cut, wished))
+    named = f"; parallel.layers=[{wished.layers[0]},{wished.layers[1]}] makes that {best:.3f} x"
+    (line,) = once_kept(cfg, cut, STAGE2, work)
+    assert line.endswith(f"the busiest stage does {now:.3f} x the mean{named}")
+    assert once_kept(cfg, wished, STAGE2, work)[0].endswith(f"the busiest stage does {best:.3f} x the mean")
+    assert (
+        once_kept(cfg, cut, STAGE2, replace(work, kept=False)) == once_kept(cfg, ParallelConfig(), STAGE2, work) == []
+    )
 
 
 def test_megatrons_layout() -> None:

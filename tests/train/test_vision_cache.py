@@ -131,6 +131,7 @@ def history(
     from vlm_nemo.data.tokenizer import Tokenizer
     from vlm_nemo.model.batch import model_batch
     from vlm_nemo.model.build import build_model
+    from vlm_nemo.model.share import embedders
     from vlm_nemo.runtime import device, groups
     from vlm_nemo.train import optim, step
     from vlm_nemo.train.vision_cache import open_store, start_keeping
@@ -152,7 +153,7 @@ def history(
     step.prepare_model(model)
     if cache:
         keeper = start_keeping(store, chunks, cfg, parallel, precision)
-    sharing = chunks[0].image_place if shared and not cache else (0, 1)
+    sharing = embedders(parallel, kept=cache is not None).place if shared else (0, 1)
     found = []
     for number in range(1, STEPS + 1):
         rows = feed.next().batches
@@ -213,10 +214,17 @@ def test_layouts_of_four(prepared: Path, tmp_path: Path) -> None:
     check(run_ranks(histories, 4, prepared, tmp_path, layouts))
 
 
-SHARING: dict[str, dict[str, Any]] = {
-    "tp2_v1": dict(tensor=2, vision=1),
-    "cp2": dict(context=2),
-    "ep2": dict(expert=2, tensor=2, vision=1, sequence=True),
+SHARING: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "tp2_v1": dict(tensor=2, vision=1),
+        "cp2": dict(context=2),
+        "ep2": dict(expert=2, tensor=2, vision=1, sequence=True),
+    },
+    4: {
+        "tp2_v1_pp2": dict(tensor=2, vision=1, pipeline=2, expert=2),
+        "cp2_pp2_vpp2": dict(context=2, pipeline=2, virtual=2),
+        "tp2_v1_cp2": dict(tensor=2, vision=1, context=2, sequence=True),
+    },
 }
 """Without the cache these ranks share out a row's images."""
 
@@ -236,14 +244,38 @@ def shared_histories(prepared: Path, folder: Path, layouts: dict[str, dict[str, 
 
 
 @pytest.mark.slow
-def test_ranks_that_share_out_images_train_alike_with_it(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", SHARING)
+def test_ranks_that_share_out_images_train_alike_with_it(prepared: Path, tmp_path: Path, world: int) -> None:
     (alone,) = run_ranks(shared_histories, 1, prepared, tmp_path, {"alone": {}})
-    truth = alone["alone"][0][0]
-    for rank in run_ranks(shared_histories, 2, prepared, tmp_path, SHARING):
-        for name in SHARING:
+    truth, layouts = alone["alone"][0][0], SHARING[world]
+    for rank in run_ranks(shared_histories, world, prepared, tmp_path, layouts):
+        for name in layouts:
             for found, _ in rank[name]:
                 for step, true in zip(found, truth, strict=True):
                     assert step == pytest.approx(true, rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_four_ranks_resume_with_the_features_of_another_layout(shards: Path, tmp_path: Path) -> None:
+    """Whole towers: what four ranks kept is what one process reads, and the other way round."""
+    four = ["parallel.pipeline=2", "parallel.tensor=2", "parallel.vision=1"]
+
+    def train(name: str, *more: str, ranks: int = 1) -> str:
+        return runs.vlm_nemo("train", *words(shards, tmp_path / name, *more), ranks=ranks).stdout
+
+    train("without")
+    cache = f"data.vision_cache={tmp_path}/cache"
+    assert "features of 0 images read" in train("cold", *four, cache, "trainer.stop_at=2", ranks=4)
+    assert ", of 0 kept" not in train("cold", cache)
+    for name, first, last in (("up", 1, 4), ("down", 4, 1)):
+        for ranks, stop in ((first, 2), (last, STEPS)):
+            layout = four if ranks == 4 else []
+            said = train(name, *layout, cache, f"trainer.stop_at={stop}", ranks=ranks)
+            assert ", of 0 kept" in said and "of 0 images" not in said, said
+    truth = runs.trace(tmp_path / "without")
+    for name in ("cold", "up", "down"):
+        for found, true in zip(runs.trace(tmp_path / name), truth, strict=True):
+            assert found == pytest.approx(true, rel=1e-5), name
 
 
 def test_an_image_has_the_same_features_whatever_stands_beside_it() -> None:

@@ -33,5 +33,5 @@ def test_what_is_told_of_images() -> None:
     work = Work(lengths=(40,), grids=(((2, 2), (2, 2)),), supervised=8)
     (line,) = _told(cfg, parallel, work)
     assert line.startswith("vision: 2 ranks share out the images of a row, the busiest does 1.00 x the mean")
-    apart = _told(cfg, parallel, replace(work, apart=True))
-    assert apart == ["vision: with data.vision_cache each of 2 ranks embeds all images of a row"]
+    kept = _told(cfg, parallel, replace(work, kept=True))
+    assert kept == ["vision: with data.vision_cache each of 2 ranks embeds all images of a row"]

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from vlm_nemo.model.stages import Costs, balanced, busiest, stage_costs
+from vlm_nemo.model.stages import WORTH, Costs, as_words, balanced, busiest, stage_costs
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.layout import vision_alone
 from vlm_nemo.types import UserError
 
-WORTH = 0.01
-"""By how much the busiest stage must become lighter to be worth a word."""
 SKEWED = 0.1
 """By how much it may be above the mean."""
 Peak = Callable[[ParallelConfig], int]
@@ -69,7 +67,7 @@ def knobs(
 
 def better_cut(costs: Costs, parallel: ParallelConfig) -> str:
     """What the stages are, and what would balance them better. parallel.layers is filled in."""
-    what = f"parallel.layers={list(parallel.layers)}".replace(" ", "")
+    what = as_words(parallel.layers)
     now, best = (
         busiest(stage_costs(costs, layers, parallel.pipeline))
         for layers in (parallel.layers, balanced(costs, parallel))

@@ -98,7 +98,7 @@ def judged(sources: Sources, found: Found, broken: Sequence[Drop], replicas: int
         advice = advise(lengths, cfg.pack.capacity, pool=cfg.pack.pool)
         balance = vision_balance(found, replicas)
         verdict = f"{len(samples):,} samples in {len(rows):,} rows, filled to {percent(fill)}"
-        if balance is not None:
+        if balance is not None and replicas > 1:
             verdict += f"; vision work of {replicas} replicas, largest over mean: {balance:.3f}"
         if fill < WARN_BELOW and advice.better is not None:
             verdict += f"; data.pack.capacity={advice.better.capacity} would fill to {percent(advice.better.fill)}"

@@ -110,7 +110,8 @@ def one_step(model: ModelConfig, data: DataConfig, optimizer: OptimConfig, seed:
         wrapped = optim.wrap(chunks, parallel)
         updater = optim.build_optimizer(optimizer, parallel, "fp32", wrapped)
         step.prepare_model(wrapped)
-        optim.set_rates(updater, optimizer, max(1, optimizer.warmup_steps), 1 + optimizer.warmup_steps)
+        at_peak = replace(optimizer, warmup_steps=0, min_lr_ratio=1.0)  # a schedule's own last step may be of rate 0
+        optim.set_rates(updater, at_peak, 1, 1)
         before = {name: p.detach().clone() for name, p in chunks[0].named_parameters()}
         batches = [
             model_batch(row, cfg, image_token=tokenizer.image_id, device=device.device()) for row in read.batches

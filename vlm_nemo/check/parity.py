@@ -16,7 +16,7 @@ from vlm_nemo.check.made import ROWS, Subject, row_length
 from vlm_nemo.check.report import Finding, Table
 from vlm_nemo.check.trial import Case, Outcome, trials
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import check_layout
+from vlm_nemo.runtime.layout import check_layout, vision_alone
 from vlm_nemo.runtime.processes import CPU, RankFailed, run_ranks
 from vlm_nemo.types import UserError
 
@@ -70,6 +70,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "pipeline 2, data 2, overlapped": (4, "packed", dict(pipeline=2, **OVERLAPPED)),
 }
 """Name -> processes, rows, and what differs from one process. All are tried that the twin's sizes allow."""
+MOST = 2
+"""Ranks of every kind in the recipe's own layout, at most: 8 processes in all."""
 PLAIN: dict[str, Any] = dict(
     tensor=1,
     vision=None,
@@ -119,7 +121,7 @@ class Differences:
 
 
 def parity(subject: Subject, parallel: ParallelConfig) -> Finding:
-    """Compare every layout that the subject's sizes allow. parallel: the recipe's, for what is no size of a layout."""
+    """Compare every layout that the subject's sizes allow, and the recipe's own in small. parallel: the recipe's."""
     cases, left_out = possible(subject, parallel)
     found: list[Differences] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +148,7 @@ def parity(subject: Subject, parallel: ParallelConfig) -> Finding:
 def possible(subject: Subject, parallel: ParallelConfig) -> tuple[list[tuple[int, Case]], dict[str, str]]:
     """(processes, case) of what this model can do; and why the others were left out."""
     found, left_out = [], {}
-    for name, (world, rows, fields) in CASES.items():
+    for name, (world, rows, fields) in (CASES | own(parallel)).items():
         if "expert" in fields and subject.model.language.moe.experts is None:
             continue
         layout = replace(parallel, **(PLAIN | fields))
@@ -157,6 +159,23 @@ def possible(subject: Subject, parallel: ParallelConfig) -> tuple[list[tuple[int
         else:
             found.append((world, Case(name=name, rows=rows, parallel=layout)))
     return found, left_out
+
+
+def own(parallel: ParallelConfig) -> dict[str, tuple[int, str, dict[str, Any]]]:
+    """The recipe's layout, small, as one more of CASES; none where one of these is the same.
+
+    tensor 8, context 4, pipeline 4 -> 2 x 2 x 2 processes; fewer than 8 are two replicas.
+    """
+    fields = {name: getattr(parallel, name) for name in PLAIN} | {"layers": []}
+    sizes = {name: min(MOST, fields[name]) for name in ("tensor", "context", "pipeline", "virtual", "expert")}
+    small = replace(parallel, **(fields | sizes | {"vision": 1 if vision_alone(parallel) else None}))
+    world = min(MOST**3, MOST * small.tensor * small.context * small.pipeline)
+    tried = [(processes, replace(parallel, **(PLAIN | case))) for processes, _, case in CASES.values()]
+    if (world, small) in tried:
+        return {}
+    changed = {name: value for name in PLAIN if (value := getattr(small, name)) != PLAIN[name]}
+    said = ", ".join(name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in changed.items())
+    return {f"the recipe's: {said}": (world, "packed", changed)}
 
 
 def differences(name: str, world: int, ranks: Sequence[Outcome], truth: Outcome) -> Differences:

@@ -15,12 +15,12 @@ from vlm_nemo.check.sizes import FLOPS, GIB, told, unit_of
 from vlm_nemo.check.timeline import Timeline, simulate
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
-from vlm_nemo.model.share import uneven
-from vlm_nemo.model.stages import Work, chunk_layers, costs_of, resolved
+from vlm_nemo.model.stages import Work, chunk_layers, costs_of, once_kept, resolved, told_of_images
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import check_layout, image_ranks
+from vlm_nemo.runtime.layout import check_layout
 from vlm_nemo.train.config import OptimConfig
 from vlm_nemo.train.optim import learns
+from vlm_nemo.types import UserError
 
 SYSTEM = "CUDA, NCCL and the allocator"
 FAR = 6
@@ -56,14 +56,17 @@ class Job:
 
 def needs(job: Job) -> list[StageNeeds]:
     """Of every stage. Raises UserError for a layout that the model or the world cannot have."""
-    check_layout(
-        job.parallel,
-        job.model,
-        world_size=job.world,
-        global_packs=job.global_packs,
-        micro_packs=job.micro_packs,
-        capacity=job.capacity,
-    )
+    try:
+        check_layout(
+            job.parallel,
+            job.model,
+            world_size=job.world,
+            global_packs=job.global_packs,
+            micro_packs=job.micro_packs,
+            capacity=job.capacity,
+        )
+    except UserError as error:  # as training would say it, of ranks that were started
+        raise UserError(f"on check.world={job.world} ranks: {error}") from None
     parallel = as_trained(job)
     batch = job.batch(parallel)
     return [
@@ -115,8 +118,8 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     peaks = [worst.peak, *(again.peak for again in recomputed if again)]
     unit = unit_of(max(peaks))  # one for all cells, so that a row's sizes add up by eye
     table = Table(
-        title=f"a rank of each stage, {unit.name}; {job.world} ranks, {job.replicas} replicas, "
-        f"{job.micro} micro-batches",
+        title=f"a rank of each stage, {unit.name}; {_many(job.world, 'rank')}, {_many(job.replicas, 'replica')}, "
+        f"{_many(job.micro, 'micro-batch', 'es')}",
         columns=("stage", "parameters", "weights", "gradients", "optimizer", "activations", "peak", "with recompute"),
         rows=[
             (
@@ -178,7 +181,8 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
         tables=[table, work],
         notes=[
             assumed,
-            *_shared_images(job),
+            *told_of_images(job.model, job.parallel, job.work),
+            *once_kept(job.model, as_trained(job), learns(job.optim), job.work),
             f"{reserve_gib:.0f} of {memory_gib:.0f} GiB are left to {SYSTEM}",
             f"a checkpoint in the background (checkpoint.asynchronous) copies {told(_copied(job, stages))} a rank "
             "to the host's memory",
@@ -193,16 +197,6 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
             "limit": limit,
         },
     )
-
-
-def _shared_images(job: Job) -> list[str]:
-    """How evenly a row's images are shared out over tensor and context ranks, where they are."""
-    if (sharing := image_ranks(job.parallel)) == 1:
-        return []
-    if job.work.apart:
-        return [f"with data.vision_cache each of {sharing} ranks embeds all images of a row: none is shared out"]
-    busiest = uneven(job.model, job.work.grids, sharing, job.work.views)
-    return [f"a row's images, shared out over {sharing} ranks: the busiest does {busiest:.2f} x the mean"]
 
 
 def _copied(job: Job, stages: Sequence[StageNeeds]) -> float:
@@ -241,6 +235,10 @@ def _apart_bytes(stage: StageNeeds, word: str) -> int:
     """Of collectives that are counted apart: keys and values of context ranks; tokens for experts and what these give,
     where in a rehearsal every expert gets its even share."""
     return sum(size for name, size in stage.sent.items() if name.startswith(f"{word} "))
+
+
+def _many(number: int, what: str, plural: str = "s") -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else plural)
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:

@@ -6,8 +6,8 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+TEXT = 24
+"""Columns that a cell may be folded to."""
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem;color:#222}
+p{max-width:70rem}.figures{overflow-x:auto}.figures td{white-space:nowrap}
+.figures td:first-child{white-space:normal;min-width:14rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}.bad td,.fail{color:#b3261e}.ok{color:#176b2c}
 img{max-width:100%}h2{margin-top:2rem}
 """
@@ -63,9 +67,11 @@ def show(findings: Sequence[Finding], console: Console) -> None:
     """Print everything; the verdicts last, as one table."""
     for finding in findings:
         for table in finding.tables:
-            console.print(_rich(table))
+            console.print(Text(table.title, style="table.title"))
+            for part in _fitting(table, console.width):
+                console.print(_rich(part))
         for note in finding.notes:
-            console.print(f"{finding.part}: {note}", highlight=False)
+            console.print(f"{finding.part}: {note}", highlight=False, markup=False, emoji=False)
     verdicts = RichTable(title="rehearsal", title_justify="left")
     for column in ("part", "", "what"):
         verdicts.add_column(column)
@@ -130,15 +136,45 @@ def _html(table: Table) -> str:
         f"<tr{' class=bad' if i in table.bad else ''}>" + "".join(f"<td>{html.escape(cell)}" for cell in row) + "</tr>"
         for i, row in enumerate(table.rows)
     )
-    return f"<h3>{html.escape(table.title)}</h3><table><tr>{head}</tr>{rows}</table>"
+    return f"<h3>{html.escape(table.title)}</h3><div class=figures><table><tr>{head}</tr>{rows}</table></div>"
+
+
+def _fitting(table: Table, width: int) -> Iterator[Table]:
+    """The table where it is no wider; else with its headings folded, and its columns in several tables where that is
+    not enough, the names before each."""
+    if sum(_wide(table, i, table.columns[i]) for i in range(len(table.columns))) < width:
+        yield table
+        return
+    folded = replace(table, columns=[heading.replace(" ", "\n") for heading in table.columns])
+    needed = [_wide(folded, i, *folded.columns[i].split("\n")) for i in range(len(table.columns))]
+    part, room = [0], width - needed[0] - 1
+    for i in range(1, len(needed)):
+        if needed[i] > room and len(part) > 1:
+            yield _columns(folded, part)
+            part, room = [0], width - needed[0] - 1
+        part.append(i)
+        room -= needed[i]
+    yield _columns(folded, part)
+
+
+def _wide(table: Table, column: int, *heading: str) -> int:
+    """Of a column with its border; rich folds the widest first, and text may be folded."""
+    widest = max((len(row[column]) for row in table.rows), default=0)
+    return max(min(widest, TEXT), *map(len, heading)) + 3
+
+
+def _columns(table: Table, chosen: Sequence[int]) -> Table:
+    return replace(
+        table, columns=[table.columns[i] for i in chosen], rows=[[row[i] for i in chosen] for row in table.rows]
+    )
 
 
 def _rich(table: Table) -> RichTable:
-    made = RichTable(title=table.title, title_justify="left")
+    made = RichTable()
     for i, column in enumerate(table.columns):
         made.add_column(column, justify="left" if i == 0 else "right")
     for i, row in enumerate(table.rows):
-        made.add_row(*row, style="red" if i in table.bad else None)
+        made.add_row(*map(Text, row), style="red" if i in table.bad else None)
     return made
 
 

@@ -1,6 +1,8 @@
 """One row's images shared out over ranks that each hold the whole tower: who takes which views, and all embeddings
 together again.
 
+Where the tower is split over tensor ranks nothing is shared out, nor where its features are kept (`embedders`).
+
 Three ranks, four views that give 4, 4, 2 and 2 embeddings:
 
     rank 0   view 0            0 0 0 0
@@ -36,9 +38,44 @@ from vlm_nemo.model.flops import view_flops
 from vlm_nemo.model.layout import spec_of
 from vlm_nemo.model.views import Grid, VisionBatch, blank_batch, vision_batch
 from vlm_nemo.runtime import groups
+from vlm_nemo.runtime.config import ParallelConfig
+from vlm_nemo.runtime.layout import vision_layout
 
 Place = tuple[int, int]
 """A rank of a group, and how many it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedders:
+    """Who embeds a row's images, of the ranks that see the row (tensor x context)."""
+
+    towers: int
+    """Whole towers among them: one a rank, or each split over the tensor ranks."""
+    shared: bool
+    """Each tower takes some of the images; else each embeds all of them."""
+
+    @property
+    def ranks(self) -> int:
+        """That share out the images; 1 where nothing is shared out."""
+        return self.towers if self.shared else 1
+
+    @property
+    def place(self) -> Place:
+        """This rank's among them."""
+        return (dist.get_rank(groups.image_group()), self.ranks) if self.shared else (0, 1)
+
+    def times(self, cfg: ModelConfig, rows: Sequence[Sequence[Grid]], views: Sequence[int] | None = None) -> float:
+        """How often the arithmetic of all images is done, in the time of all ranks together, over rows of such views:
+        they wait for the busiest one."""
+        return uneven(cfg, rows, self.towers, views) if self.shared else float(self.towers)
+
+
+def embedders(parallel: ParallelConfig, *, kept: bool) -> Embedders:
+    """kept: what the tower makes of images is kept (data.vision_cache). It is kept and read whole, so each rank with a
+    tower embeds all images: once an image, and what is read back costs the projector alone."""
+    tensor = vision_layout(parallel).tensor
+    towers = parallel.tensor * parallel.context // tensor
+    return Embedders(towers=towers, shared=tensor == 1 and towers > 1 and not kept)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,10 @@ dearest stage is cheapest, and of several such cuts the most even one:
     vision 6, eight layers of 2, head 4, three stages      6 + 1 x 2 | 4 x 2 | 3 x 2 + 4  ->  [1, 4, 3]: 8 | 8 | 10
 
 A stage of several virtual chunks works all of them in turn, so there it is the sum over them that counts.
+
+Where the tower's features are kept (data.vision_cache) the cut is the one for a tower that runs, as in the first epoch
+of a new cache: whether and when a run finds all its images there is not known when it is cut. What a full cache makes
+of that cut, and which one would suit it, is told beside it (`once_kept`).
 """
 
 from __future__ import annotations
@@ -21,11 +25,12 @@ from vlm_nemo.model.batch import looked
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.flops import Grid, layer_flops, step_flops
 from vlm_nemo.model.layout import spec_of
-from vlm_nemo.model.share import uneven
+from vlm_nemo.model.share import embedders
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import image_ranks, vision_layout
 from vlm_nemo.types import PackedBatch
 
+WORTH = 0.01
+"""By how much the busiest stage must become lighter for another cut to be worth a word."""
 TIE = 1e-9
 """Cuts whose dearest stages differ by less, relatively, are as good as one another."""
 
@@ -44,8 +49,8 @@ class Work:
     """Of every image; None = one each."""
     looked: tuple[tuple[int, int], ...] = ()
     """So many tokens look at so many features, in the layers of the decoder that look at images."""
-    apart: bool = False
-    """Ranks that could share out a row's images embed all of them each (data.vision_cache)."""
+    kept: bool = False
+    """What the tower makes of images is kept (data.vision_cache)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,28 +65,28 @@ class Costs:
     """The head."""
 
 
-def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, bool], work: Work) -> Costs:
+def costs_of(
+    cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, bool], work: Work, *, read: bool = False
+) -> Costs:
     """trained: part -> whether it learns: a frozen tower has no backward pass, a frozen decoder makes no gradients of
-    its weights.
+    its weights. read: what the tower made of all images was kept, and is read.
 
-    Where ranks share out images (`parallel.vision`), the one with most decides how long vision takes; where they do
-    not, every context rank embeds all images, and with a whole tower every tensor rank too.
+    Where ranks share out images, the one with most decides how long vision takes (`share.embedders`).
     """
     grids = [grid for row in work.grids for grid in row]
     all_parts = step_flops(
         cfg,
         trained,
         lengths=work.lengths,
-        grids=grids,
+        grids=[] if read else grids,
+        known=grids if read else [],
         supervised=work.supervised,
-        views=work.views,
+        views=[] if read else work.views,
         looked=work.looked,
     )
     features = sum(view_tokens(spec_of(cfg), grid) for grid in grids) if work.looked else 0
     first = all_parts.vision + all_parts.projector
-    sharing = image_ranks(parallel, apart=work.apart)
-    alone = parallel.tensor * parallel.context // vision_layout(parallel).tensor
-    first *= uneven(cfg, work.grids, sharing, work.views) if sharing > 1 else alone
+    first *= embedders(parallel, kept=work.kept).times(cfg, work.grids, work.views)
     layers = range(cfg.language.num_layers)
     return Costs(
         first=first,
@@ -90,15 +95,15 @@ def costs_of(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, b
     )
 
 
-def work_of(rows: Sequence[PackedBatch], cfg: ModelConfig, *, apart: bool = False) -> Work:
-    """Of packed rows, whatever is in their images. apart: see `Work`."""
+def work_of(rows: Sequence[PackedBatch], cfg: ModelConfig, *, kept: bool = False) -> Work:
+    """Of packed rows, whatever is in their images. kept: see `Work`."""
     return Work(
         lengths=tuple(length for row in rows for length in row.lengths),
         grids=tuple(tuple((int(h), int(w)) for h, w in row.images.grids.tolist()) for row in rows),
         supervised=sum(row.supervised for row in rows),
         views=tuple(count for row in rows for count in row.images.views.tolist()),
         looked=tuple(look for row in rows for look in looked(row, cfg)),
-        apart=apart,
+        kept=kept,
     )
 
 
@@ -154,16 +159,45 @@ def busiest(stages: Sequence[float]) -> float:
     return max(stages) * len(stages) / sum(stages)
 
 
+def as_words(layers: Sequence[int]) -> str:
+    """As on the command line: parallel.layers=[7,9,9,9]"""
+    return f"parallel.layers={list(layers)}".replace(" ", "")
+
+
 def described(costs: Costs, layers: Sequence[int], pipeline: int) -> str:
     """In a line: [7, 9, 9, 9] layers a stage …"""
     stages = stage_costs(costs, layers, pipeline)
     total = sum(stages)
     shares = " ".join(f"{stage / total:.1%}" for stage in stages)
     return (
-        f"parallel.layers={list(layers)}".replace(" ", "")
-        + f": stages do {shares} of the arithmetic (vision {costs.first / total:.1%}, head {costs.last / total:.1%}), "
-        f"the busiest {busiest(stages):.3f} x the mean"
+        f"{as_words(layers)}: stages do {shares} of the arithmetic (vision {costs.first / total:.1%}, head "
+        f"{costs.last / total:.1%}), the busiest {busiest(stages):.3f} x the mean"
     )
+
+
+def once_kept(cfg: ModelConfig, parallel: ParallelConfig, trained: Mapping[str, bool], work: Work) -> list[str]:
+    """With data.vision_cache, in a line, what its being full makes of a cut, and what would suit that better.
+    parallel.layers is filled in."""
+    if parallel.pipeline == 1 or not work.kept:
+        return []
+    costs = costs_of(cfg, parallel, trained, work, read=True)
+    cuts = parallel.layers, balanced(costs, parallel)
+    now, best = (busiest(stage_costs(costs, layers, parallel.pipeline)) for layers in cuts)
+    line = f"once data.vision_cache holds every image the tower rests and the busiest stage does {now:.3f} x the mean"
+    if now > best * (1 + WORTH):
+        line += f"; {as_words(cuts[1])} makes that {best:.3f} x"
+    return [line]
+
+
+def told_of_images(cfg: ModelConfig, parallel: ParallelConfig, work: Work) -> list[str]:
+    """Who embeds a row's images, in a line, where ranks share them out or could."""
+    could = embedders(parallel, kept=False)
+    if not could.shared:
+        return []
+    if work.kept:
+        return [f"with data.vision_cache each of {could.ranks} ranks embeds all images of a row"]
+    busiest = could.times(cfg, work.grids, work.views)
+    return [f"{could.ranks} ranks share out the images of a row, the busiest does {busiest:.2f} x the mean"]
 
 
 def layout(layers: Sequence[int]) -> list[list[str]]:

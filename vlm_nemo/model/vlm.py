@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -20,12 +19,11 @@ from vlm_nemo.model.head import Targets
 from vlm_nemo.model.kernels import choose
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.projector.build import build_projector
-from vlm_nemo.model.share import Place, Share, gathered
+from vlm_nemo.model.share import Place, Share, embedders, gathered
 from vlm_nemo.model.views import Features, VisionBatch
 from vlm_nemo.model.vision import VisionTower
-from vlm_nemo.runtime import groups
 from vlm_nemo.runtime.config import ParallelConfig
-from vlm_nemo.runtime.layout import image_ranks, vision_alone, vision_layout
+from vlm_nemo.runtime.layout import vision_alone, vision_layout
 from vlm_nemo.types import UserError
 
 PARTS = ("vision", "projector", "language")
@@ -44,10 +42,8 @@ class VLM(MegatronModule):
         super().__init__(config=config)
         self.looks = bool(cfg.language.cross_attention_layers)
         self._received: Tensor | None = None
-        self.image_place: Place = (0, 1)
-        """Which of how many ranks this one is that share out a row's images."""
-        if image_ranks(parallel) > 1:
-            self.image_place = dist.get_rank(groups.image_group()), image_ranks(parallel)
+        self.image_place: Place = embedders(parallel, kept=False).place
+        """Which of how many ranks this one is that share out a row's images, where features are not kept."""
         self.whole_rows = parallel.context == 1
         ignore_virtual = vp_stage is None
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)

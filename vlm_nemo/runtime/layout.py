@@ -86,12 +86,6 @@ def vision_alone(parallel: ParallelConfig) -> bool:
     return parallel.vision is not None and parallel.vision != parallel.tensor
 
 
-def image_ranks(parallel: ParallelConfig, *, apart: bool = False) -> int:
-    """Ranks that share out a row's images: tensor x context, where each of them holds the whole tower; 1 with apart:
-    each embeds all of them itself (data.vision_cache)."""
-    return parallel.tensor * parallel.context if vision_layout(parallel).tensor == 1 and not apart else 1
-
-
 def vision_layout(parallel: ParallelConfig) -> ParallelConfig:
     """The layout as the vision tower and the projector see it: with their own tensor size."""
     return replace(parallel, tensor=parallel.tensor if parallel.vision is None else parallel.vision)

@@ -21,6 +21,7 @@ from vlm_nemo.data.loader import StepData
 from vlm_nemo.data.sample import NothingUsable
 from vlm_nemo.model.batch import ModelBatch, model_batch
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.model.share import Place
 from vlm_nemo.model.vlm import VLM
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.groups import Ranks
@@ -60,6 +61,8 @@ class Trainer:
     """On the main rank only."""
     saver: Saver
     request: StopRequest
+    sharing: Place
+    """This rank's among those that share out a row's images."""
     keeper: Keeper | None
     """Keeps what a frozen tower makes of images, on the rank that reads."""
     clock: Callable[[], float]
@@ -140,15 +143,13 @@ class Trainer:
 
     def _to_model(self, row: PackedBatch) -> ModelBatch:
         context = (self.ranks.context_rank, self.ranks.context)
-        # What every rank embeds whole can be kept and read whole; read back, it costs the projector alone
-        sharing = (0, 1) if self.data_cfg.vision_cache else self.chunks[0].image_place
         batch = model_batch(
             row,
             self.model_cfg,
             image_token=self.image_token,
             device=device.device(),
             context=context,
-            sharing=sharing,
+            sharing=self.sharing,
         )
         return batch if self.keeper is None else self.keeper.keeping(batch, row)
 

@@ -29,9 +29,9 @@ from vlm_nemo.data.sources import Sources, open_sources, template_of
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.batch import model_batch
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.share import embedders
 from vlm_nemo.model.stages import Work, work_of
 from vlm_nemo.model.twin import twin
-from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.types import PackedBatch, UserError
 from vlm_nemo.verbs.common import set_up_logging
 from vlm_nemo.verbs.cut import first_work
@@ -109,7 +109,7 @@ def _plan(cfg: CheckRoot, there_is_data: bool) -> Finding:
             image_token=image_token,
             device=torch.device("cpu"),
             context=(0, parallel.context),
-            sharing=(0, image_ranks(parallel, apart=work.apart)),
+            sharing=(0, embedders(parallel, kept=work.kept).ranks),
         ),
         work=work,
     )
@@ -131,7 +131,7 @@ def _with_cache(cfg: CheckRoot, found: Finding, there_is_data: bool) -> Finding:
 def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int, str, Work]:
     """A micro-batch, the id of its placeholders, what it is, and the rows by which stages are balanced."""
     spec, rows = spec_of(cfg.model), cfg.data.micro_packs
-    capacity, apart = cfg.data.pack.capacity * rows, cfg.data.vision_cache is not None
+    capacity, kept = cfg.data.pack.capacity * rows, cfg.data.vision_cache is not None
     if there_is_data:
         sources = _open(cfg)
         planned = (
@@ -142,14 +142,14 @@ def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int,
         samples = [sample for row in planned[middle : middle + rows] for sample in row]
         row = blank_row(sources.encoder, samples, capacity)
         what = f"a micro-batch of the data's first {len(planned)} rows, the middle one by vision work: "
-        matters = cfg.parallel.pipeline > 1 or image_ranks(cfg.parallel) > 1
-        work = first_work(cfg, sources) if matters else work_of([row], cfg.model, apart=apart)
+        matters = cfg.parallel.pipeline > 1 or embedders(cfg.parallel, kept=False).shared
+        work = first_work(cfg, sources) if matters else work_of([row], cfg.model, kept=kept)
         return row, sources.encoder.tokenizer.image_id, what + _what(row), work
     width, height = cfg.check.image
     sample = blank_sample(spec, [plan_image(spec, (width, height))], cfg.check.text)
     row = full_row(spec, sample, capacity)
     what = f"no data to look at, so every sample has an image of {width} x {height} and {cfg.check.text} tokens of text"
-    return row, IMAGE, f"{what}: {_what(row)}", work_of([row], cfg.model, apart=apart)
+    return row, IMAGE, f"{what}: {_what(row)}", work_of([row], cfg.model, kept=kept)
 
 
 def _what(row: PackedBatch) -> str:

@@ -14,12 +14,11 @@ from vlm_nemo.config import Config
 from vlm_nemo.data.sources import Sources, open_sources
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.layout import spec_of
-from vlm_nemo.model.share import uneven
-from vlm_nemo.model.stages import Work, costs_of, described, resolved, work_of
+from vlm_nemo.model.share import embedders
+from vlm_nemo.model.stages import Work, costs_of, described, once_kept, resolved, told_of_images, work_of
 from vlm_nemo.runtime import exchange, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.runtime.groups import Ranks
-from vlm_nemo.runtime.layout import image_ranks
 from vlm_nemo.train.optim import learns
 from vlm_nemo.types import UserError
 
@@ -33,7 +32,7 @@ def first_work(cfg: Config, sources: Sources) -> Work:
     """What the first rows of the run's data hold. Raises UserError where nothing can be used."""
     planned = sources.planner(cfg.model.language.max_positions).step(ROWS).rows
     rows = [blank_row(sources.encoder, row, cfg.data.pack.capacity) for row in planned]
-    return work_of(rows, cfg.model, apart=cfg.data.vision_cache is not None)
+    return work_of(rows, cfg.model, kept=cfg.data.vision_cache is not None)
 
 
 def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, list[str]]:
@@ -44,7 +43,7 @@ def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, 
     """
     parallel = cfg.parallel
     lines: list[str] = []
-    if parallel.pipeline == 1 and image_ranks(parallel) == 1:
+    if parallel.pipeline == 1 and not embedders(parallel, kept=False).shared:
         return parallel, lines
     if ranks.main:
         if not parallel.layers and saved is not None:
@@ -62,18 +61,12 @@ def cut(cfg: Config, ranks: Ranks, saved: Path | None) -> tuple[ParallelConfig, 
 
 
 def _told(cfg: Config, parallel: ParallelConfig, work: Work) -> list[str]:
-    lines = []
+    lines, by = [], f", by the first {ROWS} rows"
     if parallel.pipeline > 1:
         costs = costs_of(cfg.model, parallel, learns(cfg.optim), work)
-        lines.append(f"pipeline: {described(costs, parallel.layers, parallel.pipeline)}, by the first {ROWS} rows")
-    if (sharing := image_ranks(parallel)) > 1 and work.apart:
-        lines.append(f"vision: with data.vision_cache each of {sharing} ranks embeds all images of a row")
-    elif sharing > 1:
-        busiest = uneven(cfg.model, work.grids, sharing, work.views)
-        lines.append(
-            f"vision: {sharing} ranks share out the images of a row, the busiest does {busiest:.2f} x the mean, by the "
-            f"first {ROWS} rows"
-        )
+        lines.append(f"pipeline: {described(costs, parallel.layers, parallel.pipeline)}{by}")
+        lines += [f"pipeline: {line}" for line in once_kept(cfg.model, parallel, learns(cfg.optim), work)]
+    lines += [f"vision: {line}{'' if work.kept else by}" for line in told_of_images(cfg.model, parallel, work)]
     return lines
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from vlm_nemo.config import Config
 from vlm_nemo.evaluate import gallery, vqa
@@ -77,7 +78,7 @@ def score_table(scores: vqa.Scores) -> Table:
     for kind, share in scores.accuracy.items():
         swapped = scores.swapped.get(kind)
         table.add_row(
-            kind,
+            Text(kind),
             str(scores.n[kind]),
             f"{share:.1%}",
             f"{scores.chance[kind]:.1%}",

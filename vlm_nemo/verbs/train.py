@@ -23,6 +23,7 @@ from vlm_nemo.data.storage.store import redact
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.layout import spec_of
+from vlm_nemo.model.share import embedders
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, fusion, groups
 from vlm_nemo.runtime.groups import Ranks
@@ -183,6 +184,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
         metrics=metrics,
         saver=saver,
         request=request,
+        sharing=embedders(cfg.parallel, kept=cfg.data.vision_cache is not None).place,
         keeper=keeper,
         clock=lambda: before + time.perf_counter() - began,
         start=start,
