@@ -99,7 +99,8 @@ def test_the_time_limit_saves_requeues_and_goes_on_to_the_bit(
     log = cluster.logs(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), log
     assert f"step_{int(stopped[1]):06d} (step {stopped[1]})" in log and f"done: {STEPS} steps" in log
-    assert "4 ranks on node1 node2" in log and not (run_dir / "slurm").exists()
+    # Whichever two the chain leaves
+    assert re.search(r"4 ranks on node\d node\d -> ", log) and not (run_dir / "slurm").exists()
     assert runs.trace(run_dir) == runs.trace(whole)
     assert json.loads((run_dir / "ledger.json").read_text()) == json.loads((whole / "ledger.json").read_text())
 
