@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import tiny
 from tests.ranks import run_ranks
@@ -36,8 +38,8 @@ SHARED = MoeConfig(
 )
 LATE = MoeConfig(experts=4, norm_top_k=False, dense_layers=[0, 1], aux_loss=0.1)
 """No experts on the first of two stages."""
-PLAIN = dict(distributed_optimizer=False)
 Layout = dict[str, object]
+PLAIN: Layout = dict(distributed_optimizer=False)
 Step = tuple[float, float, float, float]
 """Loss, gradient norm, balance loss and z loss."""
 
@@ -86,8 +88,8 @@ class Run:
         self.optimizer = optim.build_optimizer(rates, self.parallel, "fp32", self.model)
         step.prepare_model(self.model)
 
-    def step(self, number: int, batch: Sequence[PackedBatch] | None = None) -> Step:
-        """As the whole job sees it."""
+    def step(self, number: int, batch: Sequence[PackedBatch] | None = None, *, spoilt: bool = False) -> Step:
+        """As the whole job sees it. spoilt: it is to be skipped."""
         mine = (rows(number) if batch is None else batch)[self.ranks.data_rank :: self.ranks.data]
         where = device.device()
         context = (self.ranks.context_rank, self.ranks.context)
@@ -99,7 +101,7 @@ class Run:
         loss, count, *routers = groups.sum_over(
             [found.loss_sum * speaks, found.loss_tokens * speaks, *found.router_losses]
         )
-        assert found.applied
+        assert found.applied is not spoilt
         return loss / count, found.grad_norm, routers[0] / count, routers[1] / count
 
 
@@ -196,6 +198,44 @@ def test_a_checkpoint_of_spread_experts_goes_on_at_any_layout(tmp_path: Path) ->
         for history in rank:
             for found, true in zip(history, truth, strict=True):
                 assert found == pytest.approx(true, rel=1e-5)
+
+
+def spoilt_steps(layouts: Sequence[Layout]) -> list[tuple[bool, bool]]:
+    """Of a step in which one expert of the last rank gets a gradient that is no number: whether this rank's norm is
+    none either, and whether a weight of this rank moved."""
+    found = []
+    with device.adapter():
+        groups.start(ParallelConfig(), seed=0)
+        for layout in layouts:
+            run = Run(model(), ALL, layout)
+            run.step(1)
+            parameters = [(name, p) for chunk in run.chunks for name, p in chunk.named_parameters()]
+            before = [p.detach().clone() for _, p in parameters]
+            expert = next(p for name, p in parameters if "local_experts" in name)
+            factor = math.nan if run.ranks.rank == run.ranks.world - 1 else 1.0
+            hook = expert.register_hook(lambda gradient, by=factor: gradient * by)
+            _, norm, _, _ = run.step(2, spoilt=True)
+            moved = any(not torch.equal(p, was) for (_, p), was in zip(parameters, before, strict=True))
+            found.append((math.isnan(norm), moved))
+            hook.remove()
+            run.step(3)
+        groups.stop()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        (2, [dict(expert=2), dict(tensor=2, expert=2, **PLAIN), dict(pipeline=2)]),
+        pytest.param(
+            4, [dict(tensor=2, pipeline=2, expert=2, **PLAIN), dict(expert=2)], id="four ranks", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_all_ranks_skip_a_step_that_one_expert_spoils(world: int, layouts: list[Layout]) -> None:
+    """Ranks that hold nothing of it, too: other stages, other experts, other data."""
+    for rank in run_ranks(spoilt_steps, world, layouts):
+        assert rank == [(True, False)] * len(layouts)
 
 
 def gradient_of(batches: Sequence[Sequence[PackedBatch]], folder: str) -> list[dict[str, float]]:
