@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -152,7 +153,7 @@ def plot_loss(points: list[tuple[int, float]], path: Path) -> None:
 
     steps, losses = zip(*points, strict=True)
     window = max(1, len(losses) // 50)
-    mean = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    mean = np.convolve(losses, np.ones(window))[: len(losses)] / np.minimum(np.arange(len(losses)) + 1, window)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
