@@ -86,6 +86,7 @@ def test_verb_help_lists_every_option_with_type_default_and_description(
         (line,) = (line for line in lines if line.startswith(f"  {key}="))
         assert f"({option.type_name}" in line
         assert option.doc in joined
+        assert all(choice in joined for choice in option.choices)
     assert max(map(len, lines)) <= 130
 
 

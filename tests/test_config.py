@@ -11,7 +11,8 @@ import pytest
 
 from vlm_nemo import config
 from vlm_nemo.config import CheckRoot, Config, ServeRoot, build, compose
-from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.data import chat
+from vlm_nemo.data.config import TEMPLATES, PrepareConfig
 from vlm_nemo.options import ANY_NAME, Option, find, nearest, options, sections
 from vlm_nemo.overrides import translate
 from vlm_nemo.types import UserError
@@ -32,6 +33,10 @@ def error_of(*words: str, verb: str = "train") -> str:
         composed(*words, verb=verb)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_the_names_of_templates_are_those_that_there_are() -> None:
+    assert TEMPLATES == tuple(chat.TEMPLATES)
 
 
 def test_groups_and_modules_are_a_bijection() -> None:
@@ -115,6 +120,7 @@ def test_the_command_line_beats_the_recipe_beats_the_parts() -> None:
         ("data.sources.mine.weight=x", "data.sources.mine.weight must be a number or null, not 'x'"),
         ("precision=fp16", "precision must be one of fp32, bf16, not 'fp16'; did you mean bf16?"),
         ("model.layout.aspect=pda", "model.layout.aspect must be one of pad, crop, squash, not 'pda'"),
+        ("data.template=qwn", "data.template must be one of vicuna, plain, "),
         ("parallel.recompute=half", "parallel.recompute must be one of none, selective, full, not 'half'"),
         ("log.wandb_mode=offlin", "log.wandb_mode must be one of offline, online, disabled, not 'offlin'"),
         ("run_dir=runs/${nowhere}", "run_dir: Interpolation key 'nowhere' not found"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from omegaconf import MISSING
 
 from vlm_nemo.check.config import CheckConfig
-from vlm_nemo.data.config import DataConfig
+from vlm_nemo.data.config import TEMPLATES, DataConfig
 from vlm_nemo.evaluate.config import EvaluateConfig
 from vlm_nemo.explain import check_choices, explain, missing
 from vlm_nemo.infer.config import InferConfig
@@ -116,9 +116,9 @@ class ConvertRoot:
     feature_layer: int | None = None
     """The hidden state to take from a tower that stands alone; null = -2 of CLIP and SigLIP, -1 of others. A whole
     model says it itself."""
-    template: str = "auto"
-    """How a conversation becomes text, written into the checkpoint: a name in `vlm_nemo.data.chat.TEMPLATES`; auto =
-    the one that the folder's chat template is, else the family's."""
+    template: str = field(default="auto", metadata={"choices": ("auto", *TEMPLATES)})
+    """How a conversation becomes text, written into the checkpoint; auto = the one that the folder's chat template is,
+    else the family's."""
     parity: bool = False
     """Ask both models about the same image, in fp32: prints and writes to out/parity.json how far the logits are apart.
     Needs transformers, and memory for the whole model."""

@@ -67,7 +67,8 @@ def _option(option: Option, default: Any, verb: Verb, width: int) -> list[str]:
     model = option.key in verb.model
     value = "…" if needed or model or default is MISSING else _shown(default)
     remark = ", needed" if needed else f", one of these {len(verb.model)} needed" if model else ""
-    doc = textwrap.wrap(option.doc, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    text = f"{option.doc} One of {', '.join(option.choices)}." if option.many_choices else option.doc
+    doc = textwrap.wrap(text, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return [f"  {option.key}={value}  ({option.type_name}{remark})", *doc]
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 
 from vlm_nemo.config import ConvertRoot
-from vlm_nemo.data.chat import TEMPLATES
 from vlm_nemo.data.tokenizer import Tokenizer
-from vlm_nemo.options import did_you_mean
 from vlm_nemo.train import checkpoint
 from vlm_nemo.train.origin import checkpoint_config, model_config
 from vlm_nemo.types import UserError
@@ -31,9 +29,6 @@ def convert(cfg: ConvertRoot) -> None:
     if cfg.hf:
         if cfg.part != "all":
             raise UserError(f"part={cfg.part} is for checkpoint=DIR; a folder of hf= gives all the parts that it has")
-        if cfg.template not in ("auto", *TEMPLATES):
-            hint = did_you_mean(cfg.template, TEMPLATES) or f"; there are auto, {', '.join(TEMPLATES)}"
-            raise UserError(f"template={cfg.template} is unknown{hint}")
         to_checkpoint(
             cfg.hf,
             out,
