@@ -119,7 +119,7 @@ class ConvertRoot:
     model says it itself."""
     template: str = field(default="auto", metadata={"choices": ("auto", *TEMPLATES)})
     """How a conversation becomes text, written into the checkpoint; auto = the one that the folder's chat template is,
-    else the family's."""
+    else the family's, else the one whose special tokens the tokenizer has."""
     parity: bool = False
     """Ask both models about the same image, in fp32: prints and writes to out/parity.json how far the logits are apart.
     Needs transformers, and memory for the whole model."""

@@ -101,6 +101,25 @@ def test_both_together_and_what_is_missing(tmp_path: Path, capsys: pytest.Captur
     assert "both give the language; name one of them" in capsys.readouterr().err
 
 
+def test_the_template_of_a_decoder_alone_is_that_of_its_special_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token, name in zip(content["added_tokens"][1:], ("<|im_start|>", "<|im_end|>"), strict=True):
+        vocab = content["model"]["vocab"]
+        vocab[name] = vocab.pop(token["content"])
+        token["content"] = name
+    content["post_processor"] = None
+    path.write_text(json.dumps(content))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(names))
+    convert(f"hf={tmp_path}/llama", f"out={tmp_path}/ours")
+    assert "template chatml" in capsys.readouterr().out
+    assert checkpoint_config(tmp_path / "ours")["data"]["template"] == "chatml"
+
+
 def test_a_tower_that_was_trained_here_is_written_with_the_layers_it_has(tmp_path: Path) -> None:
     original = twins.llava(tmp_path / "hf")
     convert(f"hf={tmp_path}/hf", f"out={tmp_path}/ours")

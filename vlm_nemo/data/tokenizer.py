@@ -114,6 +114,11 @@ class Tokenizer:
             raise SampleError(SPECIAL_TOKEN, f"text {text[:40]!r} becomes a special token with this tokenizer")
         return ids
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the added tokens."""
+        return frozenset(self._names)
+
     def special(self, name: str) -> int:
         """The id of an added token. Raises UserError if there is none of that name."""
         if name not in self._names:
