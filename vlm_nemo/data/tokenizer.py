@@ -78,7 +78,8 @@ class Tokenizer:
                 ids[role] = token_id
         if missing:
             raise UserError(
-                f"tokenizer {self.folder} has no special token for {', '.join(missing)}; add it to added_tokens of "
+                f"tokenizer {self.folder} has no special token for {', '.join(missing)}; take OUT/tokenizer of "
+                "`vlm-nemo convert hf=… out=OUT`, which adds <image> and <pad>, or add it to added_tokens of "
                 "tokenizer.json and name it in tokenizer_config.json"
             )
         self.bos_id = ids.get("bos")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -25,6 +26,9 @@ from vlm_nemo.weights.hf_folder import HFFolder
 from vlm_nemo.weights.names.languages import EMBEDDING, HEAD
 from vlm_nemo.weights.shards import cast, in_shards, new_folder
 from vlm_nemo.weights.words import import_tokenizer, rows_needed, template_of
+
+MODEL_PART = "model.yaml"
+"""The model as a file of conf/model/, for a composition of one's own to be trained."""
 
 MARKS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
@@ -84,12 +88,33 @@ def to_checkpoint(
             "data": {"tokenizer": f"{out}/tokenizer" if wordy else "", "template": chosen},
         }
         (draft / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+        (draft / MODEL_PART).write_text(_model_part(cfg, folders), encoding="utf-8")
         (draft / "state.json").write_text(json.dumps({"step": 0, "updates": 0}) + "\n", encoding="utf-8")
         checkpoint.write_manifest(draft)
     parts = [part for folder in folders for part in folder.parts]
     say(f"wrote {out}: {', '.join(parts)}; {stored} weights that run in {precision}, template {chosen}")
     if lacking := [part for part in PARTS if part not in parts]:
         say(f"it has no {' and no '.join(lacking)}: train with checkpoint.reset=[{','.join(lacking)}]")
+
+
+def _model_part(cfg: ModelConfig, folders: Sequence[HFFolder]) -> str:
+    """What differs from our defaults, as a file of conf/model/ says it."""
+    names = " and ".join(str(folder.path.resolve().name) for folder in folders)
+    return f"# {names}, as vlm-nemo convert read them.\n" + yaml.safe_dump(
+        _differing(asdict(cfg), asdict(ModelConfig())), sort_keys=False
+    )
+
+
+def _differing(tree: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What of a tree is not as usual."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and usual[key]:
+            if below := _differing(value, usual[key]):
+                found[key] = below
+        elif value != usual[key]:
+            found[key] = value
+    return found
 
 
 def _check_parts(folders: Sequence[HFFolder]) -> None:
