@@ -6,11 +6,11 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,8 +115,20 @@ def work(cfg: Config, data: StepData) -> Flops:
     )
 
 
-def run(setting: Setting, out: Path, *, quick: bool, profile: Path | None) -> dict[str, Any]:
-    """Time the steps; everything as in vlm_nemo/verbs/train.py and train/trainer.py."""
+class Running(NamedTuple):
+    """A model on its data, ready to train."""
+
+    cfg: Config
+    loader: Loader
+    chunks: list[Any]
+    step: Callable[[int], tuple[StepData, float]]
+    """Takes a step's number; gives the data it went through, and its loss."""
+    matmul_tflops: float
+
+
+@contextmanager
+def running(setting: Setting, out: Path, *, quick: bool) -> Iterator[Running]:
+    """Everything as in vlm_nemo/verbs/train.py and train/trainer.py."""
     gpu = device.on_cuda()
     cfg = configuration(setting, out, gpu=gpu, quick=quick)
     tokenizer, spec = Tokenizer(cfg.data.tokenizer), spec_of(cfg.model)
@@ -142,6 +154,14 @@ def run(setting: Setting, out: Path, *, quick: bool, profile: Path | None) -> di
             result = train_step(model, optimizer, batches, cfg.optim.clip_grad)
             return data, result.loss_sum / result.loss_tokens
 
+        yield Running(cfg, loader, chunks, step, peak)
+    groups.stop()
+
+
+def run(setting: Setting, out: Path, *, quick: bool, profile: Path | None) -> dict[str, Any]:
+    """Time the steps."""
+    gpu = device.on_cuda()
+    with running(setting, out, quick=quick) as (cfg, loader, chunks, step, peak):
         for number in range(1, setting.warm_up + 1):
             step(number)
         if gpu:
@@ -159,7 +179,6 @@ def run(setting: Setting, out: Path, *, quick: bool, profile: Path | None) -> di
         memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         if profile is not None:
             write_profile(profile, lambda: step(setting.warm_up + setting.steps + 1))
-    groups.stop()
     parts = [work(cfg, data) for data in seen]
     rows = [batch for data in seen for batch in data.batches]
     tokens, samples = (sum(getattr(row, name) for row in rows) for name in ("used_tokens", "samples"))

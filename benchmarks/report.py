@@ -108,9 +108,10 @@ def save(
 
 
 def _asked(args: argparse.Namespace) -> str:
-    """ " --pairs 3": how often it was measured, where the command has such an option and it was given."""
-    counts = {"pairs": getattr(args, "pairs", None), "steps": getattr(args, "steps", None)}
-    return "".join(f" --{name} {count}" for name, count in counts.items() if count is not None)
+    """ " --pairs 3": how often and what was measured, where the command has such an option and it was given."""
+    given = {name: getattr(args, name, None) for name in ("pairs", "steps", "compile")}
+    words = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value is not None}
+    return "".join(f" --{name} {' '.join(map(str, value))}" for name, value in words.items())
 
 
 def with_table(readme: str, results: Path) -> str:

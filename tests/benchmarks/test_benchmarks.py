@@ -26,7 +26,8 @@ from vlm_nemo.data.layout.plan import plain
 from vlm_nemo.data.storage.shards import ShardFolder
 from vlm_nemo.data.tokenizer import Tokenizer
 
-NAMES = ("checkpoint", "decode", "records", "loader", "packing", "peers_cpu", "step", "features")
+NAMES = ("checkpoint", "decode", "records", "loader", "packing", "peers_cpu", "step", "features", "fusing")
+SLOW = ("features", "fusing")
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +38,12 @@ def loud() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "features" else []) for name in NAMES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
 )
 def test_it_runs_and_writes_its_results(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = ["--stages", "2"] if name in ("step", "features") else []
+    stages = ["--stages", "2"] if name in ("step", *SLOW) else []
     importlib.import_module(f"benchmarks.{name}").main(["--quick", "--results", str(tmp_path), *stages])
-    assert "ours" in capsys.readouterr().out or name in ("loader", "step", "features")
+    assert "ours" in capsys.readouterr().out or name in ("loader", "step", *SLOW)
     found = json.loads((tmp_path / ("step_cpu.json" if name == "step" else f"{name}.json")).read_text())
     assert found["command"] == f"python -m benchmarks.{name} --quick"
     assert found["claim"] and found["figure"] and found["rows"] and found["date"] and found["packages"]

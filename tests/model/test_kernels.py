@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from tests.runs import ROOT
 from tests.tiny import tiny_model
-from vlm_nemo.model import kernels
+from vlm_nemo.model import attention, kernels
 from vlm_nemo.model.attention import varlen_attention
 from vlm_nemo.model.language import language_config, language_model
 from vlm_nemo.model.norm import Norm
@@ -186,3 +186,24 @@ def test_what_is_not_there_is_refused() -> None:
     model.fp8 = "e4m3"
     with pytest.raises(UserError, match="a micro-batch has 40 on 1 ranks; make data.pack.capacity a multiple of 16"):
         check_layout(ParallelConfig(), model, world_size=1, global_packs=4, capacity=40)
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is there."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("generation", "varlen"), [(7, False), (8, True), (9, True)])
+def test_gpus_that_the_kernels_do_not_run_on_go_by_rectangles(
+    monkeypatch: pytest.MonkeyPatch, generation: int, varlen: bool
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(device, "capability", lambda: generation)
+    monkeypatch.setattr(attention, "varlen_attention", lambda q, *rest: taken.append(len(q)) or q)
+    segments = make_segments(torch.tensor([0, 3, 8], dtype=torch.int32), 8)
+    q = torch.randn(8, 4, 16, dtype=torch.bfloat16).as_subclass(OnGpu)
+    out = attention.packed_attention(q, q, q, segments, None)
+    assert taken == [8] * varlen
+    wanted = q if varlen else attention.packed_attention(*[q.as_subclass(torch.Tensor)] * 3, segments, None)
+    assert torch.equal(out, wanted)

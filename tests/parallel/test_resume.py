@@ -51,6 +51,9 @@ def test_kill_9_and_resume_is_bitwise_equal(whole: Path, shards: Path, tmp_path:
         while not (path.is_file() and path.read_text().count("\n") >= 5):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # so that it has not ended meanwhile
+        second = runs.vlm_nemo("train", *words(shards, tmp_path), code=2)
+        assert f"{tmp_path} is being written by process {process.pid} on " in second.stderr
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert len(runs.trace(tmp_path)) < STEPS, "killed too late to show anything"

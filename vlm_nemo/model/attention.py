@@ -23,6 +23,10 @@ from vlm_nemo.model.context import Keys, gather_keys
 from vlm_nemo.model.kernels import flash_attention, flash_varlen
 from vlm_nemo.model.sdpa import block_attention, repeat_kv, segment_attention, tail_attention
 from vlm_nemo.model.segments import Reach, Segments
+from vlm_nemo.runtime import device
+
+AMPERE = 8
+"""The first GPUs that torch's and FlashAttention's variable-length kernels run on, by CUDA's count."""
 
 
 class CoreAttention(nn.Module):
@@ -106,7 +110,7 @@ def _takes_varlen(q: Tensor, segments: Segments) -> bool:
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     fits = q.shape[2] % 8 == 0 and q.shape[2] <= 256  # channels of a head: the kernels refuse others
     dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
-    return half and fits and not dense
+    return half and fits and not dense and device.capability() >= AMPERE
 
 
 def context_attention(

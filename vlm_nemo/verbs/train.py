@@ -27,6 +27,7 @@ from vlm_nemo.model.share import embedders
 from vlm_nemo.model.vlm import PARTS
 from vlm_nemo.runtime import device, fusion, groups
 from vlm_nemo.runtime.groups import Ranks
+from vlm_nemo.runtime.lock import job_lock
 from vlm_nemo.runtime.signals import StopRequest, stop_on_signals
 from vlm_nemo.train import checkpoint, optim, tensors
 from vlm_nemo.train.metrics import MetricsWriter
@@ -64,6 +65,7 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     check_vocabulary(tokenizer, cfg.model)
     if unknown := set(cfg.checkpoint.reset) - set(PARTS):
         raise UserError(f"checkpoint.reset names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    opened.enter_context(job_lock(run_dir, "run_dir"))
     if not cfg.checkpoint.resume and checkpoint.newest(run_dir / "checkpoints"):
         raise UserError(
             f"{run_dir} holds checkpoints of an earlier run and checkpoint.resume=false; name another run_dir, "
@@ -102,7 +104,6 @@ def _train(cfg: Config, ranks: Ranks, request: StopRequest, opened: ExitStack) -
     told = redact(asdict(cfg))  # what is written down or sent away; the run itself needs nothing of it
     config_text = yaml.safe_dump(told, sort_keys=False)
     if ranks.main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_text)
     dist.barrier()
 

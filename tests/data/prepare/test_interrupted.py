@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from tests.data.raw_data import good_rows, picture, write_img2dataset, write_llava, write_manifest
 from vlm_nemo.data.config import PrepareConfig
 from vlm_nemo.data.prepare import source
-from vlm_nemo.data.prepare.lock import folder_lock
 from vlm_nemo.data.prepare.run import prepare
+from vlm_nemo.runtime.lock import folder_lock
 from vlm_nemo.types import UserError
 
 RUN = """
@@ -75,8 +75,8 @@ def test_a_second_prepare_is_refused(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, ("instruct",))
     cfg = PrepareConfig(manifest=str(manifest), out=str(tmp_path / "out"), workers=1)
     hold = (
-        "import sys, time; from pathlib import Path; from vlm_nemo.data.prepare.lock import folder_lock\n"
-        "with folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from vlm_nemo.runtime.lock import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1]), 'out'): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
@@ -86,7 +86,7 @@ def test_a_second_prepare_is_refused(tmp_path: Path) -> None:
             prepare(cfg)
         other.kill()
     prepare(cfg)
-    with folder_lock(tmp_path / "out"):
+    with folder_lock(tmp_path / "out", "out"):
         pass
 
 

@@ -20,13 +20,13 @@ from vlm_nemo.data.layout.images import tokens_said
 from vlm_nemo.data.layout.spec import ImageSpec, image_spec
 from vlm_nemo.data.ledger import Ledger, check_budget
 from vlm_nemo.data.prepare.bpe import train_tokenizer
-from vlm_nemo.data.prepare.lock import FULL, folder_lock
 from vlm_nemo.data.prepare.manifest import RawSource, read_manifest
 from vlm_nemo.data.prepare.measure import check_template, fingerprint_of, measure_source, mixed_lengths, sample_lengths
 from vlm_nemo.data.prepare.pool import Pool
 from vlm_nemo.data.prepare.source import check_all_budgets, prepare_source
 from vlm_nemo.data.prepare.source_manifest import Manifest, account
 from vlm_nemo.data.storage.folders import open_folder
+from vlm_nemo.runtime.lock import FULL, folder_lock
 from vlm_nemo.types import IMAGE_MARKER, UserError
 
 TOKENIZER = "tokenizer"
@@ -58,7 +58,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Manifest]:
     console = Console(stderr=True, markup=False, emoji=False)
     with ExitStack() as stack:
         stack.enter_context(_full_disk_is_said(out))
-        stack.enter_context(folder_lock(out))
+        stack.enter_context(folder_lock(out, "out"))
         pool = Pool(cfg.workers, stack)
         manifests = _convert_all(sources, out, cfg, pool, console)
         tokenizer = cfg.tokenizer
