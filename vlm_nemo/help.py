@@ -43,6 +43,7 @@ def of_verb(verb: Verb) -> str:
     lines = [f"vlm-nemo {verb.name}: {verb.summary}", "", "examples:", *(f"  {e}" for e in verb.examples), ""]
     lines += [f"  {note}" for note in (*verb.notes, "text needs quotes only for the shell; null means none")]
     if verb.recipes:
+        lines.append("  recipes and parts: files of recipes/ and conf/, ours and those in the current folder")
         lines += _listed("recipes: ", recipe_names())
     selected = _selected_parts(verb.name)
     for group in selected:
