@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import subprocess
 import threading
 from collections import Counter
@@ -144,6 +145,7 @@ def pretend(library: Path, parallel: ParallelConfig | None = None, *, world: int
     CudaRNGStatesTracker.fork = lambda tracker, name="": contextlib.nullcontext()
     nn.Module._apply = _apply
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    _kernels()
     with _Moves(gpu):
         groups.lay_out(parallel or ParallelConfig(), seed=0)
         yield gpu
@@ -160,6 +162,17 @@ MODE = _Mode()
 """One for a process: megatron-core keeps tensors on its classes."""
 BUSY = threading.Lock()
 """It is not made for two threads at once: one that waits for an event goes on when `Gpu.running` ends."""
+
+
+@functools.cache
+def _kernels() -> torch.library.Library:
+    """That there is a kernel of CUDA's for RMSNorm, as in torch's CUDA builds: then autograd keeps what that wants, the
+    input and 1/rms. Without, torch takes five operations that keep more. It is never called: what it gives on shapes
+    torch knows."""
+    library = torch.library.Library("aten", "IMPL", "CUDA")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA"):
+        library.impl("_fused_rms_norm", lambda *given: None)
+    return library
 
 
 def _apply(module: nn.Module, move: Any, recurse: bool = True) -> nn.Module:

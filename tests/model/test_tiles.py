@@ -10,6 +10,7 @@ import torch
 from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
 from tests import compositions
+from vlm_nemo.check.trial import open_gates
 from vlm_nemo.model.build import build_model
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.layout import spec_of
@@ -71,6 +72,23 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
     # Sums over a feature's two uses, in another order
     assert all((one - other).abs().max() < 1e-6 * largest for one, other in zip(*found, strict=True))
     assert sum(bool(one.any()) for one in found[0]) > 30
+
+
+def test_no_weight_is_idle_without_global_layers() -> None:
+    """transformers adds the second vectors whether layers follow or not. One that gets no gradient breaks a run with
+    parallel.overlap_grad_reduce off, at its second step."""
+    cfg = model()
+    cfg.vision = replace(cfg.vision, global_layers=0)
+    pixels = torch.randint(0, 256, (32, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with device.adapter():
+        groups.start(ParallelConfig(), seed=0)
+        chunks = build_model(cfg, ParallelConfig(), "fp32", seed=0)
+        open_gates(chunks)
+        tower = chunks[0].vision
+        tower(vision_batch(pixels, [(4, 4)] * 2, cfg.vision, torch.tensor([[2, 1]]))).square().sum().backward()
+        idle = [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()]
+        groups.stop()
+    assert idle == []
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pathlib import Path
 from vlm_nemo.runtime.lock import folder_lock
 with folder_lock(Path(sys.argv[1]), "out"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -53,6 +53,21 @@ def test_one_process_may_hold_it_again_after_an_error(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(KeyError), folder_lock(tmp_path, "out"):
             raise KeyError
+
+
+def test_a_lock_that_cannot_be_opened_is_the_user_s_to_mend(tmp_path: Path) -> None:
+    """As where somebody took the right to write from a run that is done, which its owner may still touch."""
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(UserError, match=r"run_dir=.* cannot be written: .*\.lock'; choose another folder"):
+        with folder_lock(tmp_path, "run_dir"):
+            pass
+
+
+def test_a_holder_whose_name_is_no_text_is_still_one(tmp_path: Path) -> None:
+    with held(tmp_path):
+        (tmp_path / LOCK).write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match="is being written by"), folder_lock(tmp_path, "run_dir"):
+            pass
 
 
 def test_the_end_of_another_machine_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

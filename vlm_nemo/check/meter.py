@@ -1,5 +1,6 @@
-"""What a piece of code needs: bytes alive at the worst moment, and bytes sent, by group; the arithmetic of a pipeline's
-chunks. Works on real tensors too."""
+"""What a piece of code needs: bytes alive at the worst moment, arithmetic, and bytes that a rank sends, by group; the
+arithmetic of a pipeline's chunks apart. Works on real tensors too.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
+
+from vlm_nemo.check.arithmetic import FORMULAS
 
 
 class Meter(TorchDispatchMode):
-    """Counts every storage that an operation makes, until it is freed; and what collectives carry.
+    """Counts every storage that an operation makes, until it is freed; the arithmetic of matrix products and attention;
+    and what this rank sends in collectives.
 
     Tensors that are there before are not counted until `include`d.
     """
@@ -27,15 +30,18 @@ class Meter(TorchDispatchMode):
     """Bytes now."""
     peak: int
     """Most bytes since the start, or since `restart`."""
+    flops: int
+    """Since the start."""
     sent: Counter[str]
-    """Bytes handed to collectives, by their name: all_reduce, all_gather, reduce_scatter, send, …; those of a group
-    that is counted apart with its word in front: context all_gather."""
+    """Bytes that this rank sends (see `ring`), by the collective's name: allreduce, allgather_base, send, …; those of a
+    group that is counted apart with its word in front: context allgather_base. What it gets from another stage is under
+    recv."""
 
     def __init__(self, apart: Mapping[str, dist.ProcessGroup] | None = None) -> None:
         """apart: groups by the word that they are counted under."""
         super().__init__()
         self._words = {group.group_name: f"{word} " for word, group in (apart or {}).items()}
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self.sent = Counter()
         self._known: set[int] = set()
 
@@ -55,7 +61,9 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self._collective(func, args)
-        for tensor in tree_leaves(out):
+        elif (formula := FORMULAS.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
         return out
@@ -77,38 +85,46 @@ class Meter(TorchDispatchMode):
 
     def _collective(self, func: Any, args: Any) -> None:
         name = func.overloadpacket.__name__.strip("_")
-        tensors = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
         found = [a for a in tree_leaves(args) if isinstance(a, torch.ScriptObject)]
-        group = [a for a in found if "ProcessGroup" in str(a._type())]
-        word = self._words.get(dist.ProcessGroup.unbox(group[0]).group_name, "") if group else ""
-        self.sent[word + name] += sum(t.nbytes for t in tensors)
+        (group,) = [dist.ProcessGroup.unbox(a) for a in found if "ProcessGroup" in str(a._type())]
+        # What is gathered, scattered or summed: the larger of output and input
+        whole = max(sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args[:2])
+        self.sent[self._words.get(group.group_name, "") + name] += ring(name, whole, group.size())
+
+
+def ring(collective: str, whole: int, ranks: int) -> int:
+    """Bytes that each of so many ranks sends so that all have, or have summed, `whole` bytes: every part goes around
+    once, in a sum over all twice. NCCL's trees and NVLink's switches send no more.
+
+    ("allgather_base", 800, 8) -> 700;  ("allreduce", 800, 8) -> 1400;  ("send", 800, …) -> 800
+    """
+    if collective in ("send", "recv"):
+        return whole
+    return (2 if collective.startswith("allreduce") else 1) * whole * (ranks - 1) // ranks
 
 
 class ChunkFlops:
-    """FLOPs of model chunks that a schedule runs in turn, each one's forward and backward apart.
+    """FLOPs of model chunks that a schedule runs in turn under a meter, each one's forward and backward apart.
 
     A backward begins where the gradient of the chunk's output arrives, and lasts until another pass begins.
     """
 
-    forward: list[float]
+    forward: list[int]
     """Of every chunk, all its micro-batches together."""
-    backward: list[float]
+    backward: list[int]
 
-    def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        self.forward, self.backward = [0.0] * len(chunks), [0.0] * len(chunks)
-        self._chunks = chunks
-        self._counter = FlopCounterMode(display=False)
-        self._pass: tuple[list[float], int] | None = None
+    def __init__(self, meter: Meter, chunks: Sequence[nn.Module]) -> None:
+        self.forward, self.backward = [0] * len(chunks), [0] * len(chunks)
+        self._meter, self._chunks = meter, chunks
+        self._pass: tuple[list[int], int] | None = None
         self._before = 0
 
     def __enter__(self) -> ChunkFlops:
         self._hooks = [hook for chunk, module in enumerate(self._chunks) for hook in self._watched(chunk, module)]
-        self._counter.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._begin(None)
-        self._counter.__exit__(*error)
         for hook in self._hooks:
             hook.remove()
 
@@ -121,8 +137,8 @@ class ChunkFlops:
         began = module.register_forward_pre_hook(lambda *_: self._begin((self.forward, chunk)))
         return began, module.register_forward_hook(ended)
 
-    def _begin(self, now: tuple[list[float], int] | None) -> None:
-        total = self._counter.get_total_flops()
+    def _begin(self, now: tuple[list[int], int] | None) -> None:
+        total = self._meter.flops
         if self._pass:
             kind, chunk = self._pass
             kind[chunk] += total - self._before

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from vlm_nemo.check.meter import ChunkFlops, Meter
+from vlm_nemo.check.meter import ChunkFlops, Meter, ring
 from vlm_nemo.check.world import pretend, shapes_only
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.boxes import is_shared
@@ -53,10 +53,10 @@ class StageNeeds:
     """Of one micro-batch, chunk by chunk: matrix products and attention as they are computed, padding included."""
     backward_flops: tuple[float, ...]
     sent: dict[str, int] = field(default_factory=dict)
-    """Collective -> bytes that this rank hands in during a step: those of the tensor group, between stages, of the
-    context group and of the experts' (meter.py)."""
+    """Collective -> bytes that this rank sends during a step: to the tensor group, between stages, to the context group
+    and to the experts' (meter.py)."""
     data_sent: int = 0
-    """The same over data x context ranks: fp32 gradients reduced, weights gathered."""
+    """The same to data x context ranks: fp32 gradients summed, and weights gathered where the optimizer is sharded."""
 
     @property
     def peak(self) -> int:
@@ -77,7 +77,7 @@ def stage_needs(
     """Run the schedule of `stage` with as many of its `micro` micro-batches as it ever holds at once."""
     cfg = replace(cfg, kernels="plain", fp8="none")  # TransformerEngine's layers do not run on shapes
     per_stage = world // parallel.pipeline  # megatron numbers tensor, then context, data, pipeline ranks
-    with pretend(parallel, world=world, rank=stage * per_stage) as ranks:
+    with pretend(parallel, world=world, rank=stage * per_stage, as_gpu=precision == "bf16") as ranks:
         kinds = range(parallel.virtual) if parallel.virtual > 1 else [None]
         chunks = [VLM(cfg, parallel, device.PRECISIONS[precision], vp_stage=kind) for kind in kinds]
         optim.freeze(chunks, optim.part_rates(optimizer))
@@ -99,8 +99,6 @@ def stage_needs(
                 experts += parameter.numel() if ".experts." in name else 0
         batch = make(shapes_only)
         batches = [batch] * _enough(parallel, micro)
-        with ChunkFlops(chunks) as counted:
-            run_schedule(model, batches)
         apart = {"context": groups.context_group()} if parallel.context > 1 else {}
         if cfg.language.moe.experts is not None:
             apart[EXPERTS] = groups.experts_group()
@@ -108,7 +106,7 @@ def stage_needs(
         weights = meter.include([[p.data for p in chunk.parameters()] for chunk in chunks])
         gradients = meter.include([_gradients(chunk) for chunk in model])
         meter.restart()
-        with meter:
+        with meter, ChunkFlops(meter, chunks) as counted:
             run_schedule(model, batches)
         copies = {  # ranks that hold the same parameters, each with gradients of other tokens
             "dense": ranks.data * ranks.context,
@@ -117,13 +115,11 @@ def stage_needs(
         split = {kind: count if parallel.distributed_optimizer else 1 for kind, count in copies.items()}
         state = sum(n * (ADAM + (MASTER if precision == "bf16" else 0)) // split[kind] for kind, n in learn.items())
         shared = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad and is_shared(p))
-    scale = micro / len(batches)
-    data_sent = sum(
-        4 * n + n * (2 if precision == "bf16" else 4) // split[kind] for kind, n in learn.items() if copies[kind] > 1
-    )
+    scale, weight = micro / len(batches), device.PRECISIONS[precision].itemsize
+    data_sent = sum(_to_data_ranks(n, copies[kind], weight, parallel) for kind, n in learn.items())
     sent = {name: round(size * scale) for name, size in meter.sent.items()}
     if shared:  # their fp32 gradients are averaged over the tensor group, where a step's gradients are finished
-        sent["allreduce"] = sent.get("allreduce", 0) + 4 * shared
+        sent["allreduce"] = sent.get("allreduce", 0) + ring("allreduce", 4 * shared, parallel.tensor)
     return StageNeeds(
         stage=stage,
         parameters=parameters,
@@ -138,6 +134,13 @@ def stage_needs(
         sent=sent,
         data_sent=data_sent,
     )
+
+
+def _to_data_ranks(trained: int, ranks: int, weight: int, parallel: ParallelConfig) -> int:
+    """Bytes that each of so many ranks with the same parameters sends in a step. weight: bytes of one of them."""
+    if not parallel.distributed_optimizer:
+        return ring("allreduce", 4 * trained, ranks)
+    return ring("reduce_scatter", 4 * trained, ranks) + ring("allgather", weight * trained, ranks)
 
 
 def _gradients(chunk: DistributedDataParallel) -> list[Tensor]:

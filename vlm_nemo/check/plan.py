@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_nemo.check.advice import Knob, better_cut, first_that_fits
 from vlm_nemo.check.needs import EXPERTS, StageNeeds, stage_needs
 from vlm_nemo.check.report import Finding, Table
-from vlm_nemo.check.sizes import FLOPS, GIB, told, unit_of
+from vlm_nemo.check.sizes import FLOPS, GIB, many, told, unit_of
 from vlm_nemo.check.timeline import Timeline, simulate
 from vlm_nemo.model.batch import ModelBatch
 from vlm_nemo.model.config import ModelConfig
@@ -118,8 +118,8 @@ def plan(job: Job, *, memory_gib: float, reserve_gib: float, assumed: str) -> Fi
     peaks = [worst.peak, *(again.peak for again in recomputed if again)]
     unit = unit_of(max(peaks))  # one for all cells, so that a row's sizes add up by eye
     table = Table(
-        title=f"a rank of each stage, {unit.name}; {_many(job.world, 'rank')}, {_many(job.replicas, 'replica')}, "
-        f"{_many(job.micro, 'micro-batch', 'es')}",
+        title=f"a rank of each stage, {unit.name}; {many(job.world, 'rank')}, {many(job.replicas, 'replica')}, "
+        f"{many(job.micro, 'micro-batch', 'es')}",
         columns=("stage", "parameters", "weights", "gradients", "optimizer", "activations", "peak", "with recompute"),
         rows=[
             (
@@ -235,10 +235,6 @@ def _apart_bytes(stage: StageNeeds, word: str) -> int:
     """Of collectives that are counted apart: keys and values of context ranks; tokens for experts and what these give,
     where in a rehearsal every expert gets its even share."""
     return sum(size for name, size in stage.sent.items() if name.startswith(f"{word} "))
-
-
-def _many(number: int, what: str, plural: str = "s") -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else plural)
 
 
 def _memory(stages: Sequence[StageNeeds], limit: int) -> Any:

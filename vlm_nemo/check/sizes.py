@@ -1,4 +1,4 @@
-"""Bytes and FLOPs as a person reads them: in MiB or GFLOP, whichever the figure asks for. Pure."""
+"""Bytes, FLOPs and counts as a person reads them: in MiB or GFLOP, whichever the figure asks for. Pure."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def told(figure: float, units: tuple[Unit, ...] = BYTES) -> str:
     """One figure by itself, in its own unit: "3.00 MiB"."""
     unit = unit_of(figure, units)
     return f"{unit.of(figure)} {unit.name}"
+
+
+def many(number: int, what: str, plural: str = "s") -> str:
+    """(1, "rank") -> "1 rank"; (1024, "rank") -> "1,024 ranks"."""
+    return f"{number:,} {what}" + ("" if number == 1 else plural)

@@ -107,10 +107,11 @@ def packed_attention(
 
 
 def _takes_varlen(q: Tensor, segments: Segments) -> bool:
-    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    there = device.rehearsed(q) or (q.is_cuda and device.capability() >= AMPERE)
+    half = q.dtype in (torch.bfloat16, torch.float16)
     fits = q.shape[2] % 8 == 0 and q.shape[2] <= 256  # channels of a head: the kernels refuse others
     dense = not segments.causal and segments.cells is None and len(segments.rectangles) == 1
-    return half and fits and not dense and device.capability() >= AMPERE
+    return there and half and fits and not dense
 
 
 def context_attention(
@@ -168,7 +169,8 @@ def varlen_attention(
     queries or, before those, more."""
     # Where there are more keys than queries, causal is counted from their ends
     ends = (segments.cu_seqlens_q, segments.cu_seqlens_kv, segments.max_seqlen_q, segments.max_seqlen_kv)
-    if (flash := flash_attention()) is not None:
+    flash = None if device.rehearsed(q) else flash_attention()
+    if flash is not None:
         return flash_varlen(flash, q, k, v, ends, causal=segments.causal, scale=scale, window=window)
     from torch.nn.attention.varlen import varlen_attn
 

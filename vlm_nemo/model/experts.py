@@ -100,11 +100,12 @@ class Router(TopKRouter):
         if self.balance is None or not learns:
             return weights, chosen
         balance = self.balance.moved(lambda x: self._own(x, len(logits)))
+        own = len(balance.sample)  # what fills the last ranks' parts up is of no sample
         with torch.no_grad():
-            counts = counted(chosen, balance)
+            counts = counted(chosen[:own], balance)
             if self.tp_cp_group.size() > 1:
                 dist.all_reduce(counts, group=self.tp_cp_group)
-        even, z = balance_losses(logits, counts, balance)
+        even, z = balance_losses(logits[:own], counts, balance)
         losses = torch.stack((even, z)).detach()
         self.told = losses if self.told is None else self.told + losses
         # The factors stay numbers of the host: as a tensor they would be copied to the device while it waits
@@ -112,9 +113,8 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(weights, weighed), chosen
 
     def _own(self, tokens: Tensor, count: int) -> Tensor:
-        """This tensor rank's part of something that there is of every token; short of `count` are weightless ones."""
-        part = tokens[self.tp_group.rank() * count :][:count]
-        return part if len(part) == count else F.pad(part, (0, count - len(part)))
+        """This tensor rank's part of something that there is of every token: `count`, the last ranks perhaps fewer."""
+        return tokens[self.tp_group.rank() * count :][:count]
 
 
 class LocalExperts(SequentialMLP):
@@ -130,7 +130,10 @@ class LocalExperts(SequentialMLP):
 
     def forward(self, tokens: Tensor, counts: list[int], weights: Tensor) -> tuple[Tensor, None]:
         """[n, D], the first counts[0] of them for the first expert, and so on -> the same, times weights [n]."""
-        parts = zip(self.local_experts, tokens.split(counts), weights.split(counts), strict=True)
+        experts = list(self.local_experts)
+        if isinstance(tokens, FakeTensor):  # a rehearsal on shapes: one expert needs for all of them what they all need
+            experts, counts = experts[:1], [len(tokens)]
+        parts = zip(experts, tokens.split(counts), weights.split(counts), strict=True)
         return torch.cat([expert(part, weight)[0] for expert, part, weight in parts]), None
 
     def sharded_state_dict(

@@ -145,7 +145,7 @@ def _tower(v: VisionConfig, grids: Sequence[Grid], views: Sequence[int]) -> tupl
     else:  # the tiles of an image see one another
         one = grids[0][0] * grids[0][1] + v.class_token if grids else 0
         pairs = layers * sum((count * one) ** 2 for count in views)
-    embed = 2 * 3 * v.patch_size**2 * v.temporal_patch_size * v.hidden_size * patches
+    embed = 2 * 3 * v.patch_size**2 * v.hidden_size * patches  # of equal frames the weights are summed first
     return 2 * layers * layer * tokens, 4 * v.hidden_size * pairs, embed
 
 

@@ -112,9 +112,11 @@ class VisionTower(MegatronModule):
         turns = None if views.places is None else self.turns(views.places)
         x, kept = self.run(self.blocks, x, where, turns, self.cfg.kept_layers)
         x = self.post_norm(x)
+        if tiling is not None:
+            assert isinstance(where, TileRows)
+            x = tiling.add_behind(x, where)
         if self.global_blocks is not None:
-            assert tiling is not None and isinstance(where, TileRows)
-            x, _ = self.run(self.global_blocks, tiling.add_behind(x, where), where, None)
+            x, _ = self.run(self.global_blocks, x, where, None)
         if kept:
             x = torch.cat((x, torch.stack(kept, dim=-1).flatten(1)), dim=1)
         if tiling is not None:

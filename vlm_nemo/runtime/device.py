@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import overrides
+from torch import Tensor, overrides
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,6 +39,11 @@ def capability() -> int:
 def device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else _CPU
+
+
+def rehearsed(x: Tensor) -> bool:
+    """Whether x is a shape without memory that stands for a GPU's tensor (check/world.py)."""
+    return isinstance(x, FakeTensor) and not x.is_cuda
 
 
 def synchronize() -> None:

@@ -37,12 +37,12 @@ def folder_lock(folder: Path, option: str, patience: float = 0.0) -> Iterator[No
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        file = open(path, "a+", encoding="utf-8")
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         raise UserError(f"{option}={folder} cannot be written: {error}; choose another folder") from None
-    with open(path, "a+", encoding="utf-8") as file:
+    with file:
         _take(file, path, patience)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -91,6 +91,6 @@ def _take(file: IO[str], path: Path, patience: float) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip() or "another process"
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     except OSError:
         return "another process"

@@ -55,17 +55,20 @@ def wrap(chunks: Sequence[VLM], parallel: ParallelConfig) -> list[DistributedDat
     if parallel.overlap_param_gather:
         for wrapped, chunk in zip(model, chunks, strict=True):
             if chunk.pre_process:
-                chunk.projector.register_forward_pre_hook(_wait_for_all(wrapped))
+                chunk.projector.register_forward_pre_hook(_wait_for_all(wrapped, chunk.projector))
+                if chunk.vision.tiling is not None:
+                    chunk.vision.register_forward_pre_hook(_wait_for_all(wrapped, chunk.vision.tiling))
     return model
 
 
-def _wait_for_all(wrapped: DistributedDataParallel) -> Callable[..., None]:
-    """megatron waits for a module's own weights when it is called. A projector multiplies by its children's too."""
+def _wait_for_all(wrapped: DistributedDataParallel, inside: nn.Module) -> Callable[..., None]:
+    """megatron waits for a module's own weights when it is called. A projector multiplies by its children's too, and
+    a tower adds vectors of its tiles, which are never called: the weights of all that is `inside` are waited for."""
     wait = wrapped._make_forward_pre_hook()
 
-    def hook(module: nn.Module, *_: Any) -> None:
-        for child in module.modules():
-            wait(child)
+    def hook(*_: Any) -> None:
+        for module in inside.modules():
+            wait(module)
 
     return hook
 

@@ -22,6 +22,7 @@ from vlm_nemo.check.parity import parity
 from vlm_nemo.check.plan import Job, plan
 from vlm_nemo.check.report import Finding
 from vlm_nemo.check.rows import IMAGE, blank_row, blank_sample, full_row
+from vlm_nemo.check.sizes import many
 from vlm_nemo.check.sources import absent, spoken_samples
 from vlm_nemo.config import CheckRoot
 from vlm_nemo.data.layout.images import plan_image
@@ -153,7 +154,8 @@ def _typical_row(cfg: CheckRoot, there_is_data: bool) -> tuple[PackedBatch, int,
 
 
 def _what(row: PackedBatch) -> str:
-    return f"{row.samples} samples, {row.images.count} images of {len(row.images.patches)} patches in all"
+    samples, images = many(row.samples, "sample"), many(row.images.count, "image")
+    return f"{samples}, {images} of {many(len(row.images.patches), 'patch', 'es')} in all"
 
 
 def _leaks(cfg: CheckRoot, small: Subject, there_is_data: bool) -> Finding:
