@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from vlm_nemo.config import Config, build, compose, group_choices
+from vlm_nemo.config import Config, build, compose
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.parts import group_choices
 from vlm_nemo.weights.card import NAMES
 from vlm_nemo.weights.configs.common import view_tokens
 from vlm_nemo.weights.configs.languages import fitting_language

@@ -86,6 +86,7 @@ def test_verb_help_lists_every_option_with_type_default_and_description(
         (line,) = (line for line in lines if line.startswith(f"  {key}="))
         assert f"({option.type_name}" in line
         assert option.doc in joined
+        assert all(choice in joined for choice in option.choices)
     assert max(map(len, lines)) <= 130
 
 
@@ -468,3 +469,18 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_run_that_does_not_log_to_wandb_does_not_import_it() -> None:
+    code = """
+import sys
+from vlm_nemo.cli import load
+from vlm_nemo.verbs.table import VERBS
+load(VERBS["train"])
+assert "megatron.core.inference.contexts.dynamic_context" in sys.modules, "what imports it is there"
+assert not [name for name in sys.modules if name.partition(".")[0] == "wandb"]
+import wandb
+assert callable(wandb.init)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -11,9 +11,12 @@ import pytest
 
 from vlm_nemo import config
 from vlm_nemo.config import CheckRoot, Config, ServeRoot, build, compose
-from vlm_nemo.data.config import PrepareConfig
+from vlm_nemo.data import chat
+from vlm_nemo.data.config import TEMPLATES, PrepareConfig
+from vlm_nemo.help import of_verb
 from vlm_nemo.options import ANY_NAME, Option, find, nearest, options, sections
 from vlm_nemo.overrides import translate
+from vlm_nemo.parts import check_own_names, group_choices, home, part_folders
 from vlm_nemo.types import UserError
 from vlm_nemo.verbs.table import VERBS
 
@@ -32,6 +35,10 @@ def error_of(*words: str, verb: str = "train") -> str:
         composed(*words, verb=verb)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_the_names_of_templates_are_those_that_there_are() -> None:
+    assert TEMPLATES == tuple(chat.TEMPLATES)
 
 
 def test_groups_and_modules_are_a_bijection() -> None:
@@ -62,7 +69,7 @@ def test_every_option_has_a_description(verb: str) -> None:
 @pytest.mark.parametrize("group", config.GROUPS)
 def test_every_part_composes(group: str) -> None:
     verb = {"infer": "generate", "serve": "serve", "check": "check"}.get(group, "train")
-    for choice in config.group_choices(group):
+    for choice in group_choices(group):
         composed(f"{group}={choice}", verb=verb)
 
 
@@ -115,6 +122,7 @@ def test_the_command_line_beats_the_recipe_beats_the_parts() -> None:
         ("data.sources.mine.weight=x", "data.sources.mine.weight must be a number or null, not 'x'"),
         ("precision=fp16", "precision must be one of fp32, bf16, not 'fp16'; did you mean bf16?"),
         ("model.layout.aspect=pda", "model.layout.aspect must be one of pad, crop, squash, not 'pda'"),
+        ("data.template=qwn", "data.template must be one of vicuna, plain, "),
         ("parallel.recompute=half", "parallel.recompute must be one of none, selective, full, not 'half'"),
         ("log.wandb_mode=offlin", "log.wandb_mode must be one of offline, online, disabled, not 'offlin'"),
         ("run_dir=runs/${nowhere}", "run_dir: Interpolation key 'nowhere' not found"),
@@ -161,6 +169,82 @@ def test_a_recipe_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
         assert (cfg.recipe, cfg.trainer.steps, cfg.model.vision.image_size) == ("my own/one", 3, 64)
     assert composed("recipe=shapes/stage1").recipe == "shapes/stage1"
     assert error_of("recipe=bare") == "recipe bare lacks its first line: # @package _global_"
+
+
+def test_a_part_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("defaults: [tiny, _self_]\nlanguage: {num_layers: 6}\n")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "one.yaml").write_text(
+        "# @package _global_\ndefaults:\n- override /model: mine\ntrainer: {steps: 3}\n"
+    )
+    (tmp_path / "out").mkdir()  # no group of Hydra's, though it lies beside recipes/
+    monkeypatch.chdir(tmp_path)
+    assert {"mine", "tiny"} <= set(group_choices("model"))
+    assert "llava_onevision_7b, mine, ovis2_1b" in " ".join(of_verb(VERBS["train"]).split())
+    for words in (["model=mine"], ["recipe=one"], ["recipe=shapes/stage1", "model=mine"]):
+        model = composed(*words).model
+        assert (model.language.num_layers, model.vision.image_size) == (6, 64)
+    assert error_of("model=mien") == "model=mien: conf/model has no 'mien'; did you mean mine?"
+    assert composed("m.yaml", "out=out", verb="prepare").out == "out"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("language: {num_layer: 6}", "did you mean model.language.num_layers? (in conf/model/mine.yaml)"),
+        ("language: {num_layers: six}", "must be an integer, not 'six' (in conf/model/mine.yaml)"),
+        ("language: [", "conf/model/mine.yaml, line 2: expected the node content"),
+        ("defaults: [nowhere]", "In 'model/mine': Could not load 'model/nowhere'"),
+        ("defaults: [mine, _self_]", "the `defaults` of a part or a recipe lead back to itself"),
+    ],
+)
+def test_a_wrong_part_of_the_current_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, says: str
+) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(content + "\n")
+    monkeypatch.chdir(tmp_path)
+    assert says in error_of("model=mine")
+    assert composed("model=tiny").model.language.num_layers == 4
+
+
+def test_a_part_with_one_of_our_names_is_refused_where_it_would_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, own = home() / "conf", tmp_path / "conf"
+    for name in ("model/tiny", "optim/default"):
+        (own / name).parent.mkdir(parents=True)
+        (own / f"{name}.yaml").write_bytes((ours / f"{name}.yaml").read_bytes())
+    (own / "model" / "mine.yaml").write_text("defaults: [tiny, _self_]\n")
+    monkeypatch.chdir(tmp_path)
+    assert composed("model=mine").model.init_std == 0.06  # copies say the same
+    with (own / "model" / "tiny.yaml").open("a") as file:
+        file.write("init_std: 0.5\n")
+    says = f"{own}/model/tiny.yaml has the name of {ours}/model/tiny.yaml, which is read instead; give it another name"
+    assert error_of("recipe=shapes/stage1").startswith(says)
+    assert error_of("model=mine").startswith(says)
+    check_own_names("train", {"model": "llava15_13b", "optim": "default", "recipes": None})
+    (own / "optim" / "default.yaml").write_text("lr: 3\n")
+    assert error_of("model=llava15_7b").startswith(f"{own}/optim/default.yaml has the name of")
+    assert composed("optim=llava15").model.init_std == 0.02  # what is not in use is not read
+    (own / "train.yaml").write_text("seed: 3\n")
+    assert "put what it says into recipes/NAME.yaml" in error_of("optim=llava15")
+    assert composed("prompt=x", verb="generate").prompt == "x"  # type: ignore[attr-defined]
+
+
+def test_in_the_checkout_nothing_is_looked_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home())
+    assert part_folders() == [home() / "conf"]
+    check_own_names("train", {"model": "llava15_13b"})
+
+
+def test_a_folder_named_as_an_option_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("conf/model", "conf/export"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    line = "export is an option, and a folder of that name beside recipes/ or in conf/ hides it; rename the folder"
+    assert error_of("export=x", "prompt=y", verb="generate") == line
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlm_nemo.config import Config, build, compose, recipe_names
+from vlm_nemo.config import Config, build, compose
+from vlm_nemo.parts import recipe_names
 from vlm_nemo.runtime.layout import check_layout
 
 ROOT = Path(__file__).parent.parent / "recipes"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,9 +86,24 @@ def _run_verb(verb: Verb, words: list[str], flags: set[str]) -> int:
     if "--validate" in flags:
         print("ok")
         return 0
-    module, _, function = verb.run.partition(":")
-    getattr(importlib.import_module(module), function)(cfg)
+    load(verb)(cfg)
     return 0
+
+
+def load(verb: Verb) -> Callable[[Any], None]:
+    """The function of a verb, with what it needs imported."""
+    module, _, function = verb.run.partition(":")
+    # megatron-core imports wandb where it is installed, over a second of CPU for an engine that no verb uses. A run
+    # that logs to wandb imports it itself (train/metrics.py).
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        found: Callable[[Any], None] = getattr(importlib.import_module(module), function)
+    finally:
+        if hidden:
+            sys.modules.pop("wandb", None)
+    return found
 
 
 def _choose_model(verb: Verb, cfg: Any, overrides: Sequence[str]) -> None:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 from omegaconf import MISSING
 
 from vlm_nemo.check.config import CheckConfig
-from vlm_nemo.data.config import DataConfig
+from vlm_nemo.data.config import TEMPLATES, DataConfig
 from vlm_nemo.evaluate.config import EvaluateConfig
 from vlm_nemo.explain import check_choices, explain, missing
 from vlm_nemo.infer.config import InferConfig
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.options import did_you_mean
+from vlm_nemo.parts import check_own_names, home, part_folders, recipe_folders, recipe_names
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.serve.config import ServeConfig
 from vlm_nemo.train.config import CheckpointConfig, LogConfig, OptimConfig, TrainerConfig
@@ -116,9 +117,9 @@ class ConvertRoot:
     feature_layer: int | None = None
     """The hidden state to take from a tower that stands alone; null = -2 of CLIP and SigLIP, -1 of others. A whole
     model says it itself."""
-    template: str = "auto"
-    """How a conversation becomes text, written into the checkpoint: a name in `vlm_nemo.data.chat.TEMPLATES`; auto =
-    the one that the folder's chat template is, else the family's."""
+    template: str = field(default="auto", metadata={"choices": ("auto", *TEMPLATES)})
+    """How a conversation becomes text, written into the checkpoint; auto = the one that the folder's chat template is,
+    else the family's, else the one whose special tokens the tokenizer has."""
     parity: bool = False
     """Ask both models about the same image, in fp32: prints and writes to out/parity.json how far the logits are apart.
     Needs transformers, and memory for the whole model."""
@@ -143,28 +144,6 @@ class ServeRoot:
     serve: ServeConfig = field(default_factory=ServeConfig)
 
 
-def home() -> Path:
-    """The folder that holds conf/ and recipes/: the package when installed from a wheel, else the checkout."""
-    package = Path(__file__).resolve().parent
-    return package if (package / "conf").is_dir() else package.parent
-
-
-def recipe_folders() -> list[Path]:
-    """Where `recipe=NAME` looks: recipes/ of the current folder (one's own), then ours."""
-    return list(dict.fromkeys(folder for folder in (Path.cwd() / "recipes", home() / "recipes") if folder.is_dir()))
-
-
-def recipe_names() -> list[str]:
-    """Every recipe that `recipe=` accepts by name, sorted: `shapes/stage1`, … (`_base` is what recipes share.)"""
-    files = [(folder, path) for folder in recipe_folders() for path in folder.rglob("[!_]*.yaml")]
-    return sorted({path.relative_to(folder).with_suffix("").as_posix() for folder, path in files})
-
-
-def group_choices(group: str) -> list[str]:
-    """The names that `group=` accepts: the YAML files of conf/<group>/."""
-    return sorted(path.stem for path in (home() / "conf" / group).glob("*.yaml"))
-
-
 def compose(verb: str, root: type[Root], overrides: Sequence[str] = (), recipe: str | None = None) -> DictConfig:
     """conf/<verb>.yaml, then the recipe, then Hydra overrides; typed by `root`.
 
@@ -174,19 +153,22 @@ def compose(verb: str, root: type[Root], overrides: Sequence[str] = (), recipe: 
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     ConfigStore.instance().store(name=f"{verb}_schema", node=root)
     try:
-        words = [*_recipe_overrides(recipe), *overrides]
+        words = [*_search_path(recipe), *_recipe_overrides(recipe), *overrides]
         with initialize_config_dir(config_dir=str(home() / "conf"), version_base="1.3"):
             # Hydra's own `now` is a clock: it would give every rank a run folder of its own.
             OmegaConf.register_new_resolver("now", _now, replace=True)
-            config = hydra_compose(verb, overrides=words)
+            config = hydra_compose(verb, overrides=words, return_hydra_config=True)
+        check_own_names(verb, config.hydra.runtime.choices)
+        with open_dict(config):
+            del config["hydra"]
         resolved = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, RecursionError) as error:
         raise UserError(explain(error, root, recipe, GROUPS)) from None
     check_choices(resolved, root)
     return config
@@ -203,6 +185,16 @@ def build(config: DictConfig, root: type[Root]) -> Root:
         raise UserError(missing(str(error.full_key), root)) from None
     assert isinstance(built, root)
     return built
+
+
+def _search_path(recipe: str | None) -> Iterator[str]:
+    """The Hydra word that says where else recipes/NAME.yaml and GROUP/NAME.yaml are looked up, after our conf/."""
+    # Hydra looks for recipes/NAME.yaml beside each recipes/ folder; the first that has it wins. Not without a recipe:
+    # any folder there is a group to Hydra, and `out=…` would select from ./out.
+    folders = [folder.parent for folder in recipe_folders()] if recipe is not None else []
+    folders += [folder for folder in part_folders()[1:] if any((folder / group).is_dir() for group in GROUPS)]
+    if folders:
+        yield f"hydra.searchpath=[{','.join(quote(f'file://{folder}') for folder in folders)}]"
 
 
 def _recipe_overrides(recipe: str | None) -> Iterator[str]:
@@ -225,8 +217,6 @@ def _recipe_overrides(recipe: str | None) -> Iterator[str]:
         name = file.stem
     else:
         raise UserError(f"no recipe {recipe!r}{did_you_mean(name, names) or '; there are ' + ', '.join(names)}")
-    # Hydra looks for recipes/NAME.yaml beside each recipes/ folder; the first that has it wins.
-    yield f"hydra.searchpath=[{','.join(quote(f'file://{folder.parent}') for folder in folders)}]"
     yield f"recipe={quote(name)}"
 
 

@@ -35,8 +35,10 @@ def explain(error: BaseException, root: type, recipe: str | None, groups: Collec
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
     from yaml import MarkedYAMLError
 
-    where = ""
-    if str(error).startswith("In '") and recipe is not None:
+    where, said = "", re.match(r"In '([^']*)'", str(error))
+    if said and said[1].partition("/")[0] in groups:
+        where = f" (in conf/{said[1]}.yaml)"
+    elif said and recipe is not None:
         where = f" (in recipe {recipe})"
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
@@ -55,6 +57,11 @@ def explain(error: BaseException, root: type, recipe: str | None, groups: Collec
         if cause.full_key.partition(".")[0] == "recipes":
             return f"recipe {recipe} lacks its first line: # @package _global_"
         return unknown(cause.full_key, root, groups) + where
+    if isinstance(error, RecursionError):
+        return "the `defaults` of a part or a recipe lead back to itself" + (f" (recipe {recipe})" if recipe else "")
+    if folder := re.match(r"Could not override '(\w+)'", str(error)):
+        name = folder[1]
+        return f"{name} is an option, and a folder of that name beside recipes/ or in conf/ hides it; rename the folder"
     text = re.split(r"Config search path|\nSee http", str(error))[0]
     return "; ".join(line.strip() for line in text.splitlines() if line.strip()) + where
 

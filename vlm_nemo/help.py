@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlm_nemo.config import GROUPS, group_choices, home, recipe_names
+from vlm_nemo.config import GROUPS
 from vlm_nemo.options import Option, sections
+from vlm_nemo.parts import flat, group_choices, home, part_values, recipe_names
 
 if TYPE_CHECKING:
     from vlm_nemo.verbs.table import Verb
@@ -42,6 +43,7 @@ def of_verb(verb: Verb) -> str:
     lines = [f"vlm-nemo {verb.name}: {verb.summary}", "", "examples:", *(f"  {e}" for e in verb.examples), ""]
     lines += [f"  {note}" for note in (*verb.notes, "text needs quotes only for the shell; null means none")]
     if verb.recipes:
+        lines.append("  recipes and parts: files of recipes/ and conf/, ours and those in the current folder")
         lines += _listed("recipes: ", recipe_names())
     selected = _selected_parts(verb.name)
     for group in selected:
@@ -67,7 +69,8 @@ def _option(option: Option, default: Any, verb: Verb, width: int) -> list[str]:
     model = option.key in verb.model
     value = "…" if needed or model or default is MISSING else _shown(default)
     remark = ", needed" if needed else f", one of these {len(verb.model)} needed" if model else ""
-    doc = textwrap.wrap(option.doc, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    text = f"{option.doc} One of {', '.join(option.choices)}." if option.many_choices else option.doc
+    doc = textwrap.wrap(text, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return [f"  {option.key}={value}  ({option.type_name}{remark})", *doc]
 
 
@@ -93,32 +96,11 @@ def _yaml_defaults(verb: str, selected: dict[str, str]) -> dict[str, Any]:
     conf = home() / "conf"
     values: dict[str, Any] = {}
     for group, choice in selected.items():
-        values.update(_flat(_load_part(conf / group, choice), group + "."))
+        values.update({f"{group}.{key}": value for key, value in part_values(group, choice).items()})
     own = _load(conf / f"{verb}.yaml")
     own.pop("defaults", None)
-    return {**values, **_flat(own, "")}
-
-
-def _load_part(folder: Path, name: str) -> dict[str, Any]:
-    """One part, on top of the parts of the same group that its `defaults` name."""
-    part = _load(folder / f"{name}.yaml")
-    merged: dict[str, Any] = {}
-    for base in part.pop("defaults", []):
-        if base != "_self_":
-            merged.update(_flat(_load_part(folder, base), ""))
-    return {**merged, **_flat(part, "")}
+    return {**values, **flat(own)}
 
 
 def _load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-
-
-def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -62,6 +62,11 @@ class Option:
         return type(None) in typing.get_args(self.type)
 
     @property
+    def many_choices(self) -> bool:
+        """More names than a line of the help has room for: it lists them under the description."""
+        return len(self.choices) > 8
+
+    @property
     def type_name(self) -> str:
         """As the help shows it: `int`, `float | null`, `[text, …]`."""
         names = {str: "text", int: "int", float: "float", bool: "bool", type(None): "null"}
@@ -72,7 +77,7 @@ class Option:
         if self.is_dict:
             return "{name: …}"
         if self.choices:
-            return " | ".join(self.choices)
+            return " | ".join((*self.choices[:2], "…") if self.many_choices else self.choices)
         return " | ".join(names.get(part, str(part)) for part in typing.get_args(self.type) or (self.type,))
 
     @property

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_nemo.config import GROUPS, group_choices, quote
+from vlm_nemo.config import GROUPS, quote
 from vlm_nemo.explain import unknown
 from vlm_nemo.options import ANY_NAME, Option, did_you_mean, find, options
+from vlm_nemo.parts import group_choices
 from vlm_nemo.types import UserError
 
 NAME = re.compile(r"[A-Za-z_][\w-]*")

@@ -114,6 +114,17 @@ def test_the_word_recipe_and_a_restart(job: dict[str, str]) -> None:
     assert json.loads((run / "environment").read_text())["LOCAL_RANK"] == "0", "Slurm shows the task one GPU"
 
 
+def test_it_runs_where_it_was_submitted(job: dict[str, str], tmp_path: Path) -> None:
+    """There lie the conf/ and recipes/ of one's own; VLM_NEMO_HOME is the project's folder."""
+    (tmp_path / "mine").mkdir()
+    rank = "(run_dir / 'folder').write_text(os.getcwd()); progress(10)"
+    env = {**job, "SLURM_SUBMIT_DIR": str(tmp_path / "mine"), "VLM_NEMO_HOME": str(ROOT), "FAKE_RANK": rank}
+    command = [str(ROOT / "launch" / "stage2.sh"), "model=mine"]
+    done = subprocess.run(command, cwd=tmp_path / "mine", env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "folder").read_text() == str(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("when", ["while the ranks start", "while they train"])
 def test_usr2_is_passed_on_until_it_is_heard(job: dict[str, str], when: str) -> None:
     environment = {**job, "FAKE_RANK": "progress(4); wait_for_usr2()"}

@@ -14,8 +14,9 @@ import transformers
 from torch import nn
 
 from tests.weights.experts import unjoined
-from vlm_nemo.config import Config, build, compose, group_choices
+from vlm_nemo.config import Config, build, compose
 from vlm_nemo.model.config import ModelConfig
+from vlm_nemo.parts import group_choices
 from vlm_nemo.weights.config import hf_config_of
 from vlm_nemo.weights.configs.common import Words
 from vlm_nemo.weights.families import FAMILIES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ from safetensors.torch import load_file
 from tests.weights import twins
 from tests.weights.test_round_trip import convert, same, state
 from vlm_nemo import cli
+from vlm_nemo.config import Config, build, compose
+from vlm_nemo.data.config import TEMPLATES
 from vlm_nemo.data.tokenizer import Tokenizer
 from vlm_nemo.train import checkpoint, tensors
-from vlm_nemo.train.origin import checkpoint_config
+from vlm_nemo.train.origin import checkpoint_config, model_config
+from vlm_nemo.verbs.convert import how_to_train, nearest_model
+from vlm_nemo.weights.from_hf import MARKS
 
 
 def save_clip(folder: Path, kind: str) -> None:
@@ -99,6 +104,54 @@ def test_both_together_and_what_is_missing(tmp_path: Path, capsys: pytest.Captur
     words = [f"hf=[{tmp_path}/llama,{tmp_path}/llama]", f"out={tmp_path}/twice"]
     assert cli.main(["convert", *words]) == 2
     assert "both give the language; name one of them" in capsys.readouterr().err
+
+
+def test_how_to_train_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file of one's own where it is none of ours, else by name and by what differs."""
+    save_clip(tmp_path / "clip", "CLIPModel")
+    save_llama(tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    convert("hf=[clip,llama]", "out=ours")
+    words = "data.tokenizer=ours/tokenizer data.template=vicuna checkpoint=ours checkpoint.reset=[projector]"
+    line = "its model is none of ours: copy ours/model.yaml to conf/model/NAME.yaml of your folder and train it with"
+    assert f"{line} model=NAME {words}\n" in capsys.readouterr().out
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "ours" / "model.yaml").rename(tmp_path / "conf" / "model" / "mine.yaml")
+    composed = build(compose("train", Config, ["model=mine"]), Config).model
+    assert composed == model_config(checkpoint_config(tmp_path / "ours"))
+    model = build(compose("train", Config, ["model=qwen2_5_vl_7b"]), Config).model
+    assert nearest_model(asdict(model)) == ("qwen2_5_vl_7b", {})
+    model.language.vocab_size, model.vision.full_attention_layers, model.init_std = 77, [1, 2], 0.5
+    differing = {"vision.full_attention_layers": [1, 2], "language.vocab_size": 77}
+    assert nearest_model(asdict(model)) == ("qwen2_5_vl_7b", differing)
+    saved = {"model": asdict(model), "data": {"template": "qwen"}}
+    monkeypatch.setattr("vlm_nemo.verbs.convert.checkpoint_config", lambda folder: saved)
+    said = (
+        "train it with model=qwen2_5_vl_7b model.vision.full_attention_layers=[1,2] model.language.vocab_size=77 data"
+    )
+    assert str(how_to_train(tmp_path / "ours")).startswith(said)
+
+
+def test_the_template_of_a_decoder_alone_is_that_of_its_special_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(MARKS) < set(TEMPLATES)
+    save_llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token, name in zip(content["added_tokens"][1:], ("<|im_start|>", "<|im_end|>"), strict=True):
+        vocab = content["model"]["vocab"]
+        vocab[name] = vocab.pop(token["content"])
+        token["content"] = name
+    content["post_processor"] = None
+    path.write_text(json.dumps(content))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(names))
+    convert(f"hf={tmp_path}/llama", f"out={tmp_path}/ours")
+    assert "template chatml" in capsys.readouterr().out
+    assert checkpoint_config(tmp_path / "ours")["data"]["template"] == "chatml"
 
 
 def test_a_tower_that_was_trained_here_is_written_with_the_layers_it_has(tmp_path: Path) -> None:

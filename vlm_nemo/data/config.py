@@ -6,6 +6,22 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+TEMPLATES = (
+    "vicuna",
+    "plain",
+    "short",
+    "mistral",
+    "llama3",
+    "llama32",
+    "chatml",
+    "qwen",
+    "onevision",
+    "gemma",
+    "idefics3",
+    "blip2",
+)
+"""Names of `vlm_nemo.data.chat.TEMPLATES`, known before anything is imported."""
+
 
 @dataclass(kw_only=True)
 class SourceConfig:
@@ -80,8 +96,8 @@ class DataConfig:
     """Folders to draw from, each under a name of your choice."""
     tokenizer: str = ""
     """Folder with tokenizer.json (Hugging Face's fast format) and tokenizer_config.json."""
-    template: str = "vicuna"
-    """How a conversation becomes text: a name in `vlm_nemo.data.chat.TEMPLATES`."""
+    template: str = field(default="vicuna", metadata={"choices": TEMPLATES})
+    """How a conversation becomes text (`vlm_nemo.data.chat.TEMPLATES`). Captions: plain."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     global_packs: int = 8
@@ -168,7 +184,7 @@ class PrepareConfig:
     tokenizer: str | None = None
     """Measure all texts for the tokenizer in this folder, so that training plans without reading them; null = for the
     one that tokenizer_vocab trained, if any."""
-    template: str = "vicuna"
+    template: str = field(default="vicuna", metadata={"choices": TEMPLATES})
     """The template to measure for, `data.template` of the training."""
     capacity: int = 4096
     """Length of a packed row to give advice on, tokens: `data.pack.capacity` of the training."""

@@ -78,7 +78,8 @@ class Tokenizer:
                 ids[role] = token_id
         if missing:
             raise UserError(
-                f"tokenizer {self.folder} has no special token for {', '.join(missing)}; add it to added_tokens of "
+                f"tokenizer {self.folder} has no special token for {', '.join(missing)}; take OUT/tokenizer of "
+                "`vlm-nemo convert hf=… out=OUT`, which adds <image> and <pad>, or add it to added_tokens of "
                 "tokenizer.json and name it in tokenizer_config.json"
             )
         self.bos_id = ids.get("bos")
@@ -113,6 +114,11 @@ class Tokenizer:
         if not self._control.isdisjoint(ids):
             raise SampleError(SPECIAL_TOKEN, f"text {text[:40]!r} becomes a special token with this tokenizer")
         return ids
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the added tokens."""
+        return frozenset(self._names)
 
     def special(self, name: str) -> int:
         """The id of an added token. Raises UserError if there is none of that name."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from vlm_nemo.data.config import TEMPLATES
 from vlm_nemo.train.config import CheckpointConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -31,7 +32,7 @@ class ExportConfig:
     """Sequences that are decoded at once."""
     capacity: int | None = None
     """Tokens of one sequence, prompt and answer: the length of the cache; null = the longest that the model allows."""
-    template: str = "auto"
-    """Of hf=DIR: how a conversation becomes text, a name in `vlm_nemo.data.chat.TEMPLATES`; auto = the one that the
-    folder's chat template is, else vicuna, LLaVA-1.5's. A checkpoint knows its own."""
+    template: str = field(default="auto", metadata={"choices": ("auto", *TEMPLATES)})
+    """Of hf=DIR: how a conversation becomes text; auto = the one that the folder's chat template is, else vicuna,
+    LLaVA-1.5's. A checkpoint knows its own."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

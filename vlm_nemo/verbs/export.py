@@ -18,7 +18,6 @@ from vlm_nemo.export.reference import TorchReference
 from vlm_nemo.export.write import Source, Wish, write_export
 from vlm_nemo.model.config import ModelConfig
 from vlm_nemo.model.vlm import PARTS
-from vlm_nemo.options import did_you_mean
 from vlm_nemo.runtime import device, groups
 from vlm_nemo.runtime.config import ParallelConfig
 from vlm_nemo.train import checkpoint
@@ -109,9 +108,6 @@ def _from_hf(cfg: ExportConfig, precision: str, opened: ExitStack) -> Source:
     folder = HFFolder(cfg.hf)
     if folder.parts != PARTS:
         raise UserError(f"{cfg.hf} holds a {folder.architecture}, one part; export takes a whole model")
-    if cfg.template not in ("auto", *TEMPLATES):
-        hint = did_you_mean(cfg.template, TEMPLATES) or f"; there are auto, {', '.join(TEMPLATES)}"
-        raise UserError(f"template={cfg.template} is unknown{hint}")
     model = model_config_of(folder)
     check_covered(model)
     words = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "tokenizer"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -26,6 +27,16 @@ from vlm_nemo.weights.names.languages import EMBEDDING, HEAD
 from vlm_nemo.weights.shards import cast, in_shards, new_folder
 from vlm_nemo.weights.words import import_tokenizer, rows_needed, template_of
 
+MODEL_PART = "model.yaml"
+"""The model as a file of conf/model/, for a composition of one's own to be trained."""
+
+MARKS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+}
+"""Template -> special tokens of a decoder that was taught with it."""
+
 
 def to_checkpoint(
     paths: Sequence[str],
@@ -40,7 +51,7 @@ def to_checkpoint(
     """Write `out`, a step folder at step 0 of what the folders give together.
 
     dtype: of the weights; None = each as it is. feature_layer: of a vision tower that stands alone. template: a name in
-    data.chat.TEMPLATES; None = the one that a folder's chat template is, else vicuna.
+    data.chat.TEMPLATES; None = the one that a folder's chat template is, else as `_usual` says.
     Raises UserError for folders that do not fit together and for what our model does not do.
     """
     folders = [HFFolder(path) for path in paths]
@@ -57,7 +68,8 @@ def to_checkpoint(
             grown = _rows_for(tokenizer.vocab_size, cfg, wordy)
             if added or grown > cfg.language.vocab_size:
                 say(_growth(added, cfg.language.vocab_size, grown))
-        chosen = template or next((t for f in folders if (t := template_of(f.path))), None) or _usual(folders)
+        chosen = template or next((t for f in folders if (t := template_of(f.path))), None)
+        chosen = chosen or _usual(folders, tokenizer if wordy is not None else None)
         (draft / "weights").mkdir()
         # A file holds one part alone, so that a run which does not train that part can share it
         numbers = count(1)
@@ -76,12 +88,33 @@ def to_checkpoint(
             "data": {"tokenizer": f"{out}/tokenizer" if wordy else "", "template": chosen},
         }
         (draft / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+        (draft / MODEL_PART).write_text(_model_part(cfg, folders), encoding="utf-8")
         (draft / "state.json").write_text(json.dumps({"step": 0, "updates": 0}) + "\n", encoding="utf-8")
         checkpoint.write_manifest(draft)
     parts = [part for folder in folders for part in folder.parts]
     say(f"wrote {out}: {', '.join(parts)}; {stored} weights that run in {precision}, template {chosen}")
     if lacking := [part for part in PARTS if part not in parts]:
         say(f"it has no {' and no '.join(lacking)}: train with checkpoint.reset=[{','.join(lacking)}]")
+
+
+def _model_part(cfg: ModelConfig, folders: Sequence[HFFolder]) -> str:
+    """What differs from our defaults, as a file of conf/model/ says it."""
+    names = " and ".join(str(folder.path.resolve().name) for folder in folders)
+    return f"# {names}, as vlm-nemo convert read them.\n" + yaml.safe_dump(
+        _differing(asdict(cfg), asdict(ModelConfig())), sort_keys=False
+    )
+
+
+def _differing(tree: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What of a tree is not as usual."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and usual[key]:
+            if below := _differing(value, usual[key]):
+                found[key] = below
+        elif value != usual[key]:
+            found[key] = value
+    return found
 
 
 def _check_parts(folders: Sequence[HFFolder]) -> None:
@@ -145,10 +178,12 @@ def _unused(folders: Sequence[HFFolder], cfg: ModelConfig) -> Iterator[tuple[Chu
             yield whole_chunk(UNUSED_KIND, f"{part}.{name}", tuple(tensor.shape)), tensor
 
 
-def _usual(folders: Sequence[HFFolder]) -> str:
-    """The template of a family; LLaVA-1.5's where parts come alone."""
-    name = next((folder.family for folder in folders if folder.family), "llava")
-    return FAMILIES[name].template
+def _usual(folders: Sequence[HFFolder], tokenizer: Tokenizer | None) -> str:
+    """The template of a family; where parts come alone that of the decoder's special tokens, else LLaVA-1.5's."""
+    if family := next((folder.family for folder in folders if folder.family), None):
+        return FAMILIES[family].template
+    known = tokenizer.names if tokenizer is not None else frozenset()
+    return next((template for template, marks in MARKS.items() if known.issuperset(marks)), "vicuna")
 
 
 def _dtype(folders: Sequence[HFFolder]) -> str:
