@@ -163,7 +163,10 @@ def test_a_wrong_export_fails_the_command(
         (["hf={hf}", "engine=tensorrt"], "engine=tensorrt: the package tensorrt does not import"),
         (["hf={hf}", "engine_sm=[89]"], "engine=none compiles nothing"),
         (["hf={hf}", "precision=int8"], "precision must be one of auto, fp32, bf16, fp16"),
-        (["hf={hf}", "template=vicunna"], "not 'vicunna'; did you mean vicuna?"),
+        (
+            ["hf={hf}", "template=vicunna"],
+            f"template must be one of {', '.join(('auto', *TEMPLATES))}, not 'vicunna'; did you mean vicuna?",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_a_line(

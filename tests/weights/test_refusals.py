@@ -239,7 +239,8 @@ def test_words_that_do_not_fit(good: Path, tmp_path: Path, capsys: pytest.Captur
         capsys, out, f"hf={good}/hub", f"checkpoint={good}/ours"
     )
     assert "part=vision is for checkpoint=DIR" in error_of(capsys, out, f"hf={good}/hub", "part=vision")
-    assert "not 'shrot'; did you mean short?" in error_of(capsys, out, f"hf={good}/hub", "template=shrot")
+    said = error_of(capsys, out, f"hf={good}/hub", "template=shrot")
+    assert "template must be one of auto, vicuna, " in said and "not 'shrot'; did you mean short?" in said
     assert "max_shard_gb=0.0 must be above 0" in error_of(capsys, out, f"hf={good}/hub", "max_shard_gb=0")
     assert "exists already; name a new folder" in error_of(capsys, f"out={good}/ours", f"hf={good}/hub")
     assert "no checkpoint at" in error_of(capsys, out, f"checkpoint={tmp_path}")
